@@ -1,0 +1,1 @@
+"""What captures a model from a runtime, and emits and judges an artifact for it."""

@@ -1,0 +1,1 @@
+"""The ONNX and ONNX Runtime backend."""

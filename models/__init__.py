@@ -1,0 +1,1 @@
+"""Small real networks for tests, examples and the demo."""
