@@ -1,0 +1,93 @@
+"""Passes, and the loop that runs them: a pass is a frozen dataclass whose fields are its options."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
+
+from qcompiler.errors import Error, StructureError
+from qcompiler.ir import Graph
+from qcompiler.rewrite import Refusal
+from qcompiler.sites import Ledger
+from qcompiler.spec import check
+from qcompiler.target import PHASES, Phase, Target
+from qcompiler.verify.findings import Finding
+
+
+@dataclass
+class Context:
+    """What passes share: the target they compile for, the sites and findings so far, and why rules did not fire."""
+
+    target: Target | None = None
+    phases: Sequence[Phase] = PHASES
+    ledger: Ledger = field(default_factory=Ledger)
+    findings: list[Finding] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    passes_s: dict[str, float] = field(default_factory=dict)
+    progress: Callable[[str], None] = lambda text: None
+
+    def need_target(self, who: str) -> Target:
+        """The target; raises Error when a pass that must know it runs without one."""
+        if self.target is None:
+            raise Error(f"{who} needs a target: it asks the kernel table; run it with --target")
+        return self.target
+
+
+class Pass(ABC):
+    """One rewrite of a graph, in place. Subclasses are frozen dataclasses; ``name`` is what recipes call it.
+
+    ``kind`` says what the pass promises: *exact* passes keep the graph's outputs up to float rounding, *lossy* ones
+    change weights within the bound of their scheme, *layout* ones change bytes but not values.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Literal["exact", "lossy", "layout"]] = "exact"
+
+    @abstractmethod
+    def run(self, graph: Graph, ctx: Context) -> None:
+        """Rewrite ``graph``; raise RecipeError for an option that cannot be met, never leave it half done."""
+
+
+class Hook(Protocol):
+    """Called around every pass, with its number in the recipe."""
+
+    def before(self, number: int, item: Pass, graph: Graph, ctx: Context) -> None: ...
+
+    def after(self, number: int, item: Pass, graph: Graph, ctx: Context) -> None: ...
+
+
+class PassFailed(StructureError):
+    """A pass raised or broke the graph: ``number`` and ``item`` say which, ``__cause__`` why."""
+
+    def __init__(self, number: int, item: Pass, message: str) -> None:
+        super().__init__(f"pass {number} ({item.name}): {message}")
+        self.number, self.item = number, item
+
+
+def run(graph: Graph, passes: Iterable[Pass], ctx: Context, hooks: Sequence[Hook] = ()) -> Graph:
+    """Run ``passes`` over ``graph`` in place; structure, types and specs are checked after each one (law L1).
+
+    Raises whatever a pass raises of :class:`qcompiler.errors.Error`; anything else becomes :class:`PassFailed`.
+    """
+    check(graph)
+    for number, item in enumerate(passes):
+        ctx.progress(item.name)
+        for hook in hooks:
+            hook.before(number, item, graph, ctx)
+        start = time.perf_counter()
+        try:
+            item.run(graph, ctx)
+            check(graph)
+        except StructureError as e:
+            raise PassFailed(number, item, str(e)) from e
+        except Error:
+            raise
+        except Exception as e:
+            raise PassFailed(number, item, f"{type(e).__name__}: {e}") from e
+        ctx.passes_s[item.name] = ctx.passes_s.get(item.name, 0.0) + time.perf_counter() - start
+        for hook in reversed(hooks):
+            hook.after(number, item, graph, ctx)
+    return graph

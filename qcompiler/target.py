@@ -1,0 +1,187 @@
+"""What a backend can run, as data: kernel rows, and why a row declines a site.
+
+A row exists only if a test ran that kernel. Fusing, planning, verifying and emitting read the same rows; a row's
+``entry`` is the function that writes the kernel's node, its ``layout`` the lossless function from canonical codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qcompiler.dtypes import DType
+from qcompiler.errors import InputError
+from qcompiler.scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why something cannot be: a finding code (QC2xx ...), one sentence with the numbers, and what to do about it."""
+
+    code: str
+    message: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A way a model is run: ``m`` is the number of rows (tokens x batch) that reach a linear layer."""
+
+    name: str
+    m: int
+
+
+DECODE, PREFILL = Phase("decode", 1), Phase("prefill", 512)
+PHASES = (DECODE, PREFILL)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a site asks of a kernel. ``n`` output features, ``k`` reduction length (rows and columns of a table)."""
+
+    op: str
+    scheme: Scheme
+    n: int
+    k: int
+    activation: DType
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRow:
+    """One kernel: which requests it serves, on which chips, at which M, and how it is written down.
+
+    ``codes`` are dtype names, ``groups`` the group sizes it takes, ``zeros`` the kinds of zero point, ``needs`` the chip
+    features, ``m_max`` the largest M at which it does not materialise the dequantized weight (None: any).
+    """
+
+    name: str
+    op: str
+    codes: frozenset[str]
+    granularities: frozenset[str]
+    groups: frozenset[int]
+    zeros: frozenset[str]
+    activations: frozenset[str]
+    entry: str
+    layout: str
+    numerics: str
+    evidence: str
+    needs: frozenset[str] = frozenset()
+    n_multiple: int = 1
+    k_multiple: int = 1
+    m_max: int | None = None
+    bias: bool = True
+    rank: int = 0
+    note: str = ""
+
+    def why_not(self, request: Request, features: frozenset[str], m: int | None = None) -> list[Reason]:
+        """Every reason why this row does not serve ``request`` at M rows; empty when it does."""
+        out: list[Reason] = []
+        s = request.scheme
+        if s.dtype.name not in self.codes:
+            known = ", ".join(sorted(self.codes))
+            out.append(Reason("QC201", f"{self.name} takes {known} codes, not {s.dtype}", f"choose one of {known}"))
+        if s.dynamic:
+            out.append(Reason("QC201", f"{self.name} takes static weights, not {s}", "drop 'dynamic' for weights"))
+        if s.granularity not in self.granularities:
+            known = ", ".join(sorted(self.granularities))
+            out.append(Reason("QC202", f"{self.name} scales per {known}, not per {s.granularity}", f"use {known}"))
+        elif s.group_size is not None and s.group_size not in self.groups:
+            known = ", ".join(map(str, sorted(self.groups)))
+            out.append(Reason("QC202", f"{self.name} takes groups of {known}, not {s.group_size}", f"use g{known}"))
+        if s.zero not in self.zeros:
+            word = {"none": "symmetric codes", "int": "integer zero points", "float": "float zero points"}[s.zero]
+            out.append(Reason("QC204", f"{self.name} does not take {word} without expanding the weight", "use 'sym'"))
+        if request.activation.name not in self.activations:
+            known = ", ".join(sorted(self.activations))
+            fix = f"export the model in one of {known}"
+            out.append(Reason("QC201", f"{self.name} takes {known} activations, not {request.activation}", fix))
+        if request.n % self.n_multiple or request.k % self.k_multiple:
+            law = f"N % {self.n_multiple} == 0 and K % {self.k_multiple} == 0"
+            out.append(Reason("QC203", f"{self.name} needs {law}, got N={request.n} K={request.k}", "skip this site"))
+        if min(request.n, request.k) < 1:
+            out.append(Reason("QC203", f"{self.name} needs N and K of at least 1, got N={request.n} K={request.k}"))
+        if request.bias and not self.bias:
+            out.append(Reason("QC203", f"{self.name} has no bias input", "keep the bias as an Add of its own"))
+        if missing := sorted(self.needs - features):
+            fix = "name a chip that has them, for example ort-cpu:avx2"
+            out.append(Reason("QC206", f"{self.name} needs {', '.join(missing)}, which this chip lacks", fix))
+        if m is not None and self.m_max is not None and m > self.m_max:
+            message = f"{self.name} expands the whole weight above M={self.m_max}; this phase has M={m}"
+            out.append(Reason("QC104", message, "use a kernel that stays fused at this M, or leave the phase out"))
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The rows that serve a request, one a phase, all written by the same entry point."""
+
+    rows: tuple[tuple[Phase, KernelRow], ...]
+
+    @property
+    def row(self) -> KernelRow:
+        return self.rows[0][1]
+
+    def kernels(self) -> dict[str, str]:
+        """Phase name -> row name."""
+        return {phase.name: row.name for phase, row in self.rows}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend on a chip: ``rows`` are tried in order of ``rank`` (lowest first), ``features`` are the chip's."""
+
+    name: str
+    arch: str
+    features: frozenset[str]
+    rows: tuple[KernelRow, ...]
+    dialect: str
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.arch}" if self.arch else self.name
+
+    def rows_for(self, op: str) -> list[KernelRow]:
+        return sorted((r for r in self.rows if r.op == op), key=lambda r: r.rank)
+
+    def row(self, name: str) -> KernelRow:
+        """The row called ``name``; raises InputError."""
+        for r in self.rows:
+            if r.name == name:
+                return r
+        raise InputError(f"target {self} has no kernel {name!r}; see 'qcompiler kernels --target {self}'")
+
+    def choose(self, request: Request, phases: Sequence[Phase] = PHASES) -> Choice | None:
+        """The first entry point (by rank) that has a serving row for every phase, or None."""
+        rows = self.rows_for(request.op)
+        for entry in dict.fromkeys((r.entry, r.layout) for r in rows):
+            found: list[tuple[Phase, KernelRow]] = []
+            for phase in phases:
+                serving = [
+                    r
+                    for r in rows
+                    if (r.entry, r.layout) == entry and not r.why_not(request, self.features, phase.m)
+                ]
+                if serving:
+                    found.append((phase, serving[0]))
+            if found and len(found) == len(phases):
+                return Choice(tuple(found))
+        return None
+
+    def why_not(self, request: Request, phases: Sequence[Phase] = PHASES) -> list[Reason]:
+        """Empty when some kernel serves ``request`` in every phase, else the reasons of the nearest row."""
+        if self.choose(request, phases) is not None:
+            return []
+        rows = self.rows_for(request.op)
+        if not rows:
+            known = ", ".join(sorted({r.op for r in self.rows})) or "nothing"
+            return [Reason("QC201", f"target {self} has no kernel for {request.op}; it has {known}", "skip the site")]
+        return min((self._row_reasons(r, request, phases) for r in rows), key=len)
+
+    def declined(self, request: Request, phases: Sequence[Phase] = PHASES) -> dict[str, list[Reason]]:
+        """Row name -> why it declines, for every row of that op which does."""
+        out = {r.name: self._row_reasons(r, request, phases) for r in self.rows_for(request.op)}
+        return {name: reasons for name, reasons in out.items() if reasons}
+
+    def _row_reasons(self, row: KernelRow, request: Request, phases: Iterable[Phase]) -> list[Reason]:
+        reasons = (reason for p in phases for reason in row.why_not(request, self.features, p.m))
+        return list(dict.fromkeys(reasons))

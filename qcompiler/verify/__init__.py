@@ -1,0 +1,1 @@
+"""Findings, the static verdict, and the shape of runtime evidence."""
