@@ -26,6 +26,7 @@ FLOORS: dict[str, int] = {
     "qcompiler.text": 0,
     "qcompiler.numerics": 1,
     "qcompiler.rewrite": 1,
+    "qcompiler.sites": 1,
     "qcompiler.spec": 1,
     "qcompiler.target": 1,
     "qcompiler.views": 1,
@@ -34,8 +35,10 @@ FLOORS: dict[str, int] = {
     "qcompiler.recipes": 2,
     "qcompiler.recipes.*": 2,
     # A folder that spans floors: its __init__ has the lowest, since importing any module of it runs that.
-    "qcompiler.verify": 2,
-    "qcompiler.verify.findings": 2,
+    # Findings are records: the pipeline collects them, so they stand below it.
+    "qcompiler.verify": 1,
+    "qcompiler.verify.findings": 1,
+    "qcompiler.verify.evidence": 2,
     "qcompiler.verify.static": 3,
     "qcompiler.verify.runtime": 4,
     "qcompiler.calibrate": 2,
@@ -178,6 +181,7 @@ def cycles(sources: Mapping[str, str], paths: Mapping[str, str]) -> list[str]:
 
 
 PATHS = modules()
+TABLE = "tests/house/test_floors.py"
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +191,7 @@ def sources() -> dict[str, str]:
 
 def test_every_module_has_a_floor() -> None:
     unknown = [
-        f"{path}: give this module a floor in {__file__}" for m, path in PATHS.items() if floor_of(m) is None
+        f"{path}: give this module a floor in {TABLE}" for m, path in PATHS.items() if floor_of(m) is None
     ]
     assert not unknown, "\n".join(unknown)
 

@@ -7,6 +7,7 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,11 @@ def test_wheel_holds_every_file_once(tmp_path: Path, links: bool) -> None:
     out = tmp_path / "wheel"
     _run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(out), cwd=source)
     (wheel,) = out.glob("*.whl")
-    members = sorted(n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n)
-    assert members == _expected(), (
-        "a file is absent, doubled or unexpected: see [tool.setuptools.package-data]"
+    members = Counter(n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n)
+    expected = Counter(_expected())
+    assert members == expected, (
+        f"not packed: {sorted(expected - members)}; doubled or unexpected: {sorted(members - expected)}; "
+        "see [tool.setuptools] packages and package-data in pyproject.toml"
     )
 
 
