@@ -173,7 +173,7 @@ def to_bytes(array: Array, element: DType) -> bytes:
 
 
 def from_bytes(data: Any, element: DType, shape: tuple[int, ...]) -> Array:
-    """Inverse of :func:`to_bytes`; a view of ``data`` where the type is not packed. Raises InputError on a short buffer."""
+    """Inverse of :func:`to_bytes`; a view of ``data`` unless packed. Raises InputError on a short buffer."""
     count = int(np.prod(shape, dtype=np.int64))
     raw = np.frombuffer(data, dtype=np.uint8)
     need = element.nbytes(count)

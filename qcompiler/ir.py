@@ -85,7 +85,7 @@ class Use(NamedTuple):
 
 
 class Value:
-    """An input, a constant, or a result of an op. ``payload`` on an input is its default (an overridable initializer)."""
+    """An input, a constant, or a result of an op. ``payload`` on an input is its default (overridable) value."""
 
     __slots__ = ("graph", "index", "meta", "name", "owner", "payload", "type", "uses")
 
@@ -289,7 +289,7 @@ class Graph:
     # -- building --------------------------------------------------------------------------------------------
 
     def fresh(self, hint: str) -> str:
-        """A name that means nothing yet, here or in an enclosing graph: ``hint`` itself, or ``hint_1``, ``hint_2`` ..."""
+        """A name that means nothing yet, here or in an enclosing graph: ``hint``, or ``hint_1``, ``hint_2`` ..."""
         if self.lookup(hint) is None:
             return hint
         n = self._serial.get(hint, 0)

@@ -1,7 +1,7 @@
 """Where the bytes of a constant come from: an array, a range of a file, or a recorded computation on other payloads.
 
-Nothing here is read until asked for. ``array()`` gives one element per item (an int4 tensor comes as int8), ``chunks()``
-the packed little-endian bytes in order, a bounded piece at a time.
+Nothing here is read until asked for. ``array()`` gives one element per item (an int4 tensor comes as int8),
+``chunks()`` the packed little-endian bytes in order, a bounded piece at a time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Payload(ABC):
         for at in range(0, len(data), limit):
             yield data[at : at + limit]
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027  # most payloads cache nothing
         """Forget cached bytes; they can be asked for again."""
 
     def ref(self) -> str | None:
@@ -194,8 +194,8 @@ class RandomPayload(Payload):
 class Computation:
     """A recorded function of payloads with several results (codes, scales, zeros of one weight), run when one is read.
 
-    ``fn`` takes the input payloads and returns the result arrays, unpacked. Results of at most 1/8 of the bytes are kept
-    until :meth:`release`, the big one is handed out and forgotten: reading codes, then scales, then zeros computes once.
+    ``fn`` takes the input payloads and returns the result arrays, unpacked. The largest result is handed out and
+    forgotten, the others are kept until :meth:`release`: reading codes, then scales, then zeros computes once.
     ``stats`` is what ``fn`` noted about its inputs (sum of squared error and the like); it survives release.
     """
 
@@ -221,13 +221,16 @@ class Computation:
             if index in self._kept:
                 return self._kept[index]
             arrays = self._fn(*self.inputs)
-            total = sum(a.nbytes for a in arrays)
-            self._kept = {i: a for i, a in enumerate(arrays) if a.nbytes * 8 <= total}
+            largest = max(range(len(arrays)), key=lambda i: arrays[i].nbytes)
+            self._kept = {i: a for i, a in enumerate(arrays) if i != largest}
             return arrays[index]
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027  # most payloads cache nothing
+        """Forget kept results, those of the computations this one reads included."""
         with self._lock:
             self._kept = {}
+        for payload in self.inputs:
+            payload.release()
 
 
 @dataclass(eq=False)

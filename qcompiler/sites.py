@@ -12,7 +12,11 @@ Status = Literal["pending", "fused", "skipped", "unfused"]
 
 @dataclass
 class Site:
-    """One linear, embedding or convolution. ``before`` is the bytes of its float weight; ``status`` how it ended."""
+    """One linear, embedding or convolution. ``before`` is the bytes of its float weight; ``status`` how it ended.
+
+    A site whose weight an earlier site stores too is ``tied_to`` that one and counts no bytes of its own. ``weight`` is
+    the float constant in the graph, while there is one; ``stats`` fills when its codes are computed.
+    """
 
     name: str
     op: str
@@ -27,6 +31,8 @@ class Site:
     bytes: dict[str, int] = field(default_factory=dict)
     sqnr_db: float | None = None
     tied_to: str | None = None
+    weight: Any = field(default=None, repr=False, compare=False)
+    stats: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The ``sites`` entry of the report (see the contract)."""
@@ -68,7 +74,7 @@ class Ledger:
 
 
 def matches(name: str, globs: Sequence[str]) -> str | None:
-    """The first of ``globs`` that the site name matches: whole, or as a dotted or slashed suffix; None when none does."""
+    """The first of ``globs`` that the site name matches, whole or as a dotted or slashed suffix; None when none does."""
     for glob in globs:
         if fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name, f"*[./]{glob}"):
             return glob

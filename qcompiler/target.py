@@ -51,8 +51,8 @@ class Request:
 class KernelRow:
     """One kernel: which requests it serves, on which chips, at which M, and how it is written down.
 
-    ``codes`` are dtype names, ``groups`` the group sizes it takes, ``zeros`` the kinds of zero point, ``needs`` the chip
-    features, ``m_max`` the largest M at which it does not materialise the dequantized weight (None: any), ``session``
+    ``codes`` are dtype names, ``groups`` the group sizes it takes, ``zeros`` the kinds of zero point, ``needs`` the
+    chip features, ``m_max`` the largest M at which it does not materialise the dequantized weight (None: any), ``session``
     the runtime's session keys (name, value) without which the kernel is not taken.
     """
 
@@ -159,9 +159,7 @@ class Target:
             found: list[tuple[Phase, KernelRow]] = []
             for phase in phases:
                 serving = [
-                    r
-                    for r in rows
-                    if (r.entry, r.layout) == entry and not r.why_not(request, self.features, phase.m)
+                    r for r in rows if (r.entry, r.layout) == entry and not r.why_not(request, self.features, phase.m)
                 ]
                 if serving:
                     found.append((phase, serving[0]))

@@ -11,8 +11,8 @@
 
 A constant is ``dense(...)`` when it is small and in memory, else a reference (``file:``, ``rand:``, ``data:``); only
 ``rand:`` references can be read again, the others print the same but hold no values. Attribute values: ``1``, ``1.0``,
-``"text"``, ``true``, ``none``, ``hex"00ff"``, ``[a, b]``, ``<int4 g128 asym>`` (scheme), ``dtype"f32"``, ``type(f32[2])``,
-``tensor(f32[2], dense(...))``, ``$0`` (hole), ``kind"text"`` (atom).
+``"text"``, ``true``, ``none``, ``hex"00ff"``, ``[a, b]``, ``<int4 g128 asym>`` (scheme), ``dtype"f32"``,
+``type(f32[2])``, ``tensor(f32[2], dense(...))``, ``$0`` (hole), ``kind"text"`` (atom).
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def show_payload(payload: Payload) -> str:
     """``dense(...)`` for a small one in memory, else its reference, else a digest of its bytes."""
     if (ref := payload.ref()) is not None:
         return ref if re.fullmatch(r"rand:\d+", ref) else f"@{quote(ref)}"
-    if payload.dtype.kind != "complex" and payload.size <= DENSE_LIMIT:
-        if isinstance(payload, (ArrayPayload, BytesPayload)):
-            flat = payload.array().reshape(-1)
-            return f"dense({', '.join(_number(x, payload.dtype) for x in flat)})"
+    printable = payload.dtype.kind != "complex" and payload.size <= DENSE_LIMIT
+    if printable and isinstance(payload, (ArrayPayload, BytesPayload)):
+        flat = payload.array().reshape(-1)
+        return f"dense({', '.join(_number(x, payload.dtype) for x in flat)})"
     digest = hashlib.sha256()
     if payload.dtype.kind == "string":
         digest.update(repr(payload.array().tolist()).encode())
@@ -94,7 +94,7 @@ def show_payload(payload: Payload) -> str:
 
 
 def show_attr(value: Attr) -> str:
-    """One attribute value in the grammar of this module; TypeError for a Python type that has no place in it."""
+    """One attribute value in the grammar of this module; TypeError for a type that has no place in it."""
     match value:
         case None:
             return "none"
@@ -153,7 +153,8 @@ def show_op(op: Op, *, locs: bool = True) -> str:
     args = ", ".join("none" if v is None else show_name(v.name) for v in op.operands)
     attrs = f" {show_attrs(op.attrs)}" if op.attrs else ""
     meta = f" meta {show_attrs(op.meta)}" if op.meta else ""
-    return f"{outs}{' = ' if outs else ''}{show_word(op.name)}({args}){attrs}{meta}{_show_loc(op.loc) if locs else ''}"
+    loc = _show_loc(op.loc) if locs else ""
+    return f"{outs}{' = ' if outs else ''}{show_word(op.name)}({args}){attrs}{meta}{loc}"
 
 
 def _lines(graph: Graph, indent: str, locs: bool) -> Iterator[str]:

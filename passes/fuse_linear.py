@@ -1,0 +1,69 @@
+"""Fuse the dequantize of a weight into the linear layer that reads it, where the target has a kernel for the pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qcompiler.canonical import canonical_operands
+from qcompiler.dtypes import F32
+from qcompiler.ir import Graph, Op, Value
+from qcompiler.pipeline import Context, Pass
+from qcompiler.rewrite import Rewriter, rewrite, rule
+from qcompiler.scheme import Scheme
+from qcompiler.spec import is_float_const
+from qcompiler.target import Request
+from qcompiler.views import LINEAR_OPS, as_linear
+
+
+def request(op: str, scheme: Scheme, n: int, k: int, x: Value, *, bias: bool) -> Request:
+    """What the target is asked; an activation of unknown dtype is taken for f32."""
+    return Request(op, scheme, n, k, x.tensor.dtype or F32, bias)
+
+
+@rule(*sorted(LINEAR_OPS))
+def fuse_dequant_into_linear(op: Op, rw: Rewriter) -> Value:
+    """linear(x, q.dequantize(c, s, z), b)  ->  q.linear(x, c, s, z, b)"""
+    lin = rw.view(as_linear)
+    dq = rw.expect(lin.weight, "q.dequantize")
+    site = op.meta.get("site", op.label)
+    scheme, codes, scale, zero = canonical_operands(dq, rw, n_axis=1 - lin.axis)
+    if rw.target is not None:
+        asked = request("q.linear", scheme, lin.n, lin.k, lin.x, bias=lin.bias is not None)
+        rw.require(*rw.target.why_not(asked, rw.phases))
+    out = rw.op("q.linear", lin.x, codes, scale, zero, lin.bias, type=lin.result.type, scheme=scheme, site=site)
+    assert out.owner is not None
+    rw.revisit(out.owner)
+    return out
+
+
+@rule("onnx.Add", "aten.add.Tensor")
+def fuse_bias(op: Op, rw: Rewriter) -> Value:
+    """add(q.linear(x, c, s, z), b)  ->  q.linear(x, c, s, z, b)   for a constant b of shape [N]"""
+    for product, bias in ((op.operand(0), op.operand(1)), (op.operand(1), op.operand(0))):
+        lin = None if product is None else product.owner
+        if lin is None or bias is None or product is None or lin.name != "q.linear" or not is_float_const(bias):
+            continue
+        n = lin.operands[1].tensor.static_shape[0]  # type: ignore[index,union-attr]
+        if lin.operand(4) is not None or bias.tensor.static_shape != (n,) or len(product.uses) != 1:
+            continue
+        if op.name.startswith("aten.") and dict(op.attrs.get("kwargs", ())).get("alpha", 1) != 1:
+            raise rw.declined(f"'{op.label}' scales what it adds", quiet=True)
+        scheme, x = lin.attrs["scheme"], lin.operands[0]
+        k = lin.operands[1].tensor.static_shape[1]  # type: ignore[index,union-attr]
+        if rw.target is not None:
+            rw.require(*rw.target.why_not(request("q.linear", scheme, n, k, x, bias=True), rw.phases))  # type: ignore[arg-type]
+        operands = [*lin.operands, None, None][:4]
+        return rw.op("q.linear", *operands, bias, type=op.result.type, scheme=scheme, site=lin.attrs["site"])
+    raise rw.declined("no bias of a fused linear layer", quiet=True)
+
+
+@dataclass(frozen=True)
+class FuseLinear(Pass):
+    """Fuse dequantized weights, then biases, into ``q.linear`` by the target's kernel rows."""
+
+    name: ClassVar[str] = "fuse-linear"
+
+    def run(self, graph: Graph, ctx: Context) -> None:
+        rules = [fuse_dequant_into_linear, fuse_bias]
+        rewrite(graph, rules, target=ctx.target, phases=ctx.phases, log=ctx.refusals)

@@ -1,0 +1,205 @@
+"""Put a quantize/dequantize pair on the weight of every site that the recipe matches; name every other site."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from qcompiler.errors import InputError, RecipeError
+from qcompiler.ir import Graph, Loc, Op, TensorType, Use, Value
+from qcompiler.pipeline import Context, Pass
+from qcompiler.rewrite import Declined
+from qcompiler.scheme import Scheme
+from qcompiler.sites import Ledger, Site, matches
+from qcompiler.spec import is_float_const
+from qcompiler.views import EmbeddingView, LinearView, as_embedding, as_linear, kind_of, through_transposes
+from qcompiler.weights import Clip, WeightQuantization
+
+QUANTIZED_OPS = re.compile(
+    r"q\.|.*(QuantizeLinear|DequantizeLinear|QLinear\w+|MatMulInteger\w*|DynamicQuantize\w+|MatMulNBits|MatMulBnb4"
+    r"|QGemm|QMoE|QAttention|GatherBlockQuantized|ConvInteger)\Z|quantized_decomposed\.|torchao\."
+)
+_ANONYMOUS = re.compile(r"(val_|onnx::\w+_|const(ant)?_?|_|t_|permute_|transpose_)?\d+(_\w+)?\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A place that holds a weight: its name, kind, weight value, and its view, or why it is none."""
+
+    name: str
+    kind: str
+    op: Op
+    weight: Value
+    view: LinearView | EmbeddingView | None
+    reason: str | None
+
+
+def site_name(op: Op, weight: Value, *, shared: bool = False) -> str:
+    """The weight's name without ``.weight``; where it is anonymous or shared, the op's module path or node name."""
+    plain = re.sub(r"[._/](weight|kernel|W|w)\Z", "", weight.name)
+    if _ANONYMOUS.match(weight.name) or shared:
+        return op.loc.scope or op.loc.name or plain
+    return plain
+
+
+def find_sites(graph: Graph) -> Iterator[Found]:
+    """Every op of ``graph`` and its regions with a constant float weight of rank 2 or more, in graph order."""
+    users: dict[Value, int] = {}
+    places: list[tuple[Op, str, Value]] = []
+    for op in graph.walk():
+        kind = kind_of(op)
+        if kind is None:
+            continue
+        weights = [w for v in op.operands if v is not None for w in [through_transposes(v)[0]]]
+        held = [w for w in weights if is_float_const(w) and (w.tensor.rank or 0) >= 2]
+        for weight in held[: 1 if kind != "recurrent" else None]:
+            users[weight] = users.get(weight, 0) + 1
+            places.append((op, kind, weight))
+    seen: set[Value] = set()
+    for op, kind, weight in places:
+        view: LinearView | EmbeddingView | None = None
+        reason: str | None = None
+        try:
+            if kind == "linear":
+                view = as_linear(op)
+            elif kind == "embedding":
+                view = as_embedding(op)
+            else:
+                reason = f"{op.name} weights are not quantized by this pass"
+        except Declined as e:
+            if e.quiet and kind == "embedding":
+                continue
+            reason = e.reason.message
+        yield Found(site_name(op, weight, shared=weight in seen), kind, op, weight, view, reason)
+        seen.add(weight)
+
+
+@dataclass(frozen=True)
+class InsertQdq(Pass):
+    """Quantize the weights of linears with ``weights`` and embedding tables with ``embeddings``.
+
+    ``match`` and ``skip`` are globs over site names; each must match something. A table that an embedding and a linear
+    share is quantized once, with ``embeddings`` where given. ``clip`` chooses max-abs or MSE-searched ranges.
+    """
+
+    name: ClassVar[str] = "insert-qdq"
+    kind: ClassVar[Literal["exact", "lossy", "layout"]] = "lossy"
+    weights: Scheme
+    embeddings: Scheme | None = None
+    match: tuple[str, ...] = ("*",)
+    skip: tuple[str, ...] = ()
+    clip: Clip = "absmax"
+
+    def run(self, graph: Graph, ctx: Context) -> None:
+        for op in graph.walk():
+            if QUANTIZED_OPS.match(op.name):
+                raise InputError(
+                    f"the model is already quantized: '{op.label}' is a {op.name}; compile its float original, "
+                    "or judge it as it is with 'qcompiler verify'"
+                )
+        found = list(find_sites(graph))
+        wanted = self._select(found, ctx.ledger)
+        tied = {f.weight: self.embeddings for f in wanted if f.kind == "embedding" and self.embeddings is not None}
+        by_weight: dict[tuple[Value, Scheme], list[tuple[Found, Site]]] = {}
+        for f in wanted:
+            scheme = tied.get(f.weight) or (self.weights if f.kind == "linear" else self.embeddings)
+            site = ctx.ledger[self._record(f, scheme, ctx.ledger)]
+            if scheme is None:
+                ctx.ledger.skip(site.name, "the recipe leaves embedding tables in float")
+                continue
+            axis = f.view.axis if isinstance(f.view, LinearView) else 1
+            if scheme.granularity == "channel":
+                axis = 1 - axis
+            oriented = scheme.with_axis(None if scheme.granularity == "tensor" else axis)
+            by_weight.setdefault((f.weight, oriented), []).append((f, site))
+        for (weight, scheme), sites in by_weight.items():
+            self._insert(weight, scheme, sites)
+
+    def _select(self, found: list[Found], ledger: Ledger) -> list[Found]:
+        """The sites to quantize; the others go to the ledger with the reason. RecipeError for a glob in vain."""
+        hits: set[str] = set()
+        wanted: list[Found] = []
+        for f in found:
+            chosen = matches(f.name, self.match)
+            skipped = matches(f.name, self.skip)
+            hits.update(g for g in (chosen, skipped) if g is not None)
+            if skipped is not None:
+                self._skip(f, ledger, f"skipped by the recipe (skip = {skipped!r})")
+            elif chosen is None:
+                self._skip(f, ledger, "not matched by the recipe")
+            elif f.reason is not None:
+                self._skip(f, ledger, f.reason)
+            else:
+                wanted.append(f)
+        names = ", ".join(f.name for f in found[:6]) + (", ..." if len(found) > 6 else "")
+        for key, globs in (("match", self.match), ("skip", self.skip)):
+            for glob in globs:
+                if glob not in hits and not any(matches(f.name, [glob]) for f in found):
+                    has = f"sites are: {names}" if found else "the model has no linear or embedding weight"
+                    raise RecipeError(f"QC402: insert-qdq.{key} = {glob!r} matched nothing; {has}")
+        return wanted
+
+    def _skip(self, f: Found, ledger: Ledger, reason: str) -> None:
+        ledger.skip(self._record(f, None, ledger), reason)
+
+    @staticmethod
+    def _record(f: Found, scheme: Scheme | None, ledger: Ledger) -> str:
+        shape = f.weight.tensor.static_shape or (0, 0)
+        n, k = (f.view.n, f.view.k) if f.view is not None else (shape[0], shape[-1])
+        payload = f.weight.payload
+        before = 0 if payload is None else payload.nbytes
+        site = Site(f.name, f.kind, n, k, before, "" if scheme is None else scheme.text)
+        first = next((s for s in ledger if s.weight is f.weight), None)
+        if first is not None:
+            site.tied_to, site.before = first.name, 0
+        site.weight = f.weight
+        return ledger.add(site).name
+
+    def _insert(self, weight: Value, scheme: Scheme, sites: list[tuple[Found, Site]]) -> None:
+        """weight  ->  q.dequantize(q.quantize(weight, s, z), s, z)   for the operands of the sites"""
+        assert weight.payload is not None
+        home = weight.graph
+        computation = WeightQuantization(weight.payload, scheme, self.clip)
+        outputs = computation.outputs()
+        parameters = [
+            home.add_const(home.fresh(f"{weight.name}_{part}"), payload)
+            for part, payload in zip(("scale", "zero"), outputs[1:], strict=False)
+        ]
+        first = next(iter(home))
+        loc = Loc(sites[0][1].name)
+        codes_type = TensorType(scheme.dtype, weight.tensor.shape)
+        codes = home.create(
+            "q.quantize",
+            [weight, *parameters],
+            {"scheme": scheme},
+            [(home.fresh(f"{weight.name}_codes"), codes_type)],
+            loc=loc,
+            before=first,
+        )
+        uses = [use for f, _ in sites for use in self._weight_uses(weight, f.op)]
+        dequantized = home.create(
+            "q.dequantize",
+            [codes.result, *parameters],
+            {"scheme": scheme, "sites": tuple(s.name for _, s in sites)},
+            [(home.fresh(f"{weight.name}_dq"), weight.type)],
+            loc=loc,
+            before=first,
+        )
+        weight.replace_uses(dequantized.result, dict.fromkeys(uses))
+        for f, site in sites:
+            f.op.meta["site"] = site.name
+            site.stats = computation.stats
+
+    @staticmethod
+    def _weight_uses(weight: Value, op: Op) -> Iterator[Use]:
+        """The uses of ``weight`` on the way to ``op``: its operand itself, or that of the first transpose before it."""
+        for i, operand in enumerate(op.operands):
+            slot, value = Use(op, i), operand
+            while value is not None and value is not weight and value.owner is not None:
+                if through_transposes(value)[0] is value:
+                    break
+                slot, value = Use(value.owner, 0), value.owner.operand(0)
+            if value is weight:
+                yield slot
