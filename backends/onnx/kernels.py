@@ -1,14 +1,14 @@
 """ONNX Runtime's low-bit kernels as rows, and the chips that have them.
 
-A row of ``ort-cpu`` stands here because a test runs that kernel on the installed wheel, compares its numbers and
-proves from the runtime's own memory statistics that the weight was never expanded. Rows of ``ort-cuda`` rest on
-launch traces of the CUDA library and say so in their evidence.
+A row of ``ort-cpu`` stands here because a test runs that kernel on the installed wheel, compares its numbers
+and proves from the runtime's own memory statistics that the weight was never expanded. Rows of ``ort-cuda``
+rest on launch traces of the CUDA library and say so in their evidence.
 
 What has no row, and why:
-  - 8-bit and 2-bit ``MatMulNBits`` below accuracy_level 4, float zero points, g_idx, codes that are no constant: the
-    CPU kernel expands the whole weight on each call.
-  - the 2-bit table-lookup kernel: it exists only under the session key ``mlas.use_lut_gemm``, and an .onnx file
-    cannot carry a session key.
+  - 8-bit and 2-bit ``MatMulNBits`` below accuracy_level 4, float zero points, g_idx, codes that are no
+    constant: the CPU kernel expands the whole weight on each call.
+  - the 2-bit table-lookup kernel: it exists only under the session key ``mlas.use_lut_gemm``, and an .onnx
+    file cannot carry a session key.
   - ``MatMulBnb4`` (nf4): the CPU kernel expands the whole weight on each call.
   - Arm: nothing was run there.
 """
@@ -97,6 +97,13 @@ CPU_ROWS: tuple[KernelRow, ...] = (
     _table("ort-cpu/GatherBlockQuantized", activations=frozenset({"f32", "f16"}), evidence=_MEASURED),
 )
 
+_INT8_ROWS = frozenset({"ort-cpu/MatMulNBits.int8", "ort-cpu/MatMulNBits.w2int8"})
+
+
+def accuracy_level(row: KernelRow) -> int:
+    """The ``accuracy_level`` that makes ``MatMulNBits`` take the kernel of ``row``: 4 for int8 activations, else 0."""
+    return 4 if row.name in _INT8_ROWS else 0
+
 
 def _gemv(bits: int, groups: set[int], m_max: int, activations: str) -> KernelRow:
     return _linear(
@@ -158,7 +165,7 @@ CHIPS: dict[str, frozenset[str]] = {
     "avx512vnni": frozenset({"x86_64", "avx2", "avx512", "vnni", "avx512_vnni"}),
     "arm64": frozenset({"arm64", "neon"}),
 }
-"""Architecture word -> features. ``vnni``: u8 x s8 products do not saturate, whichever instruction set does it."""
+"""Architecture word -> features. ``vnni``: u8 x s8 products do not saturate, by whichever instructions."""
 
 SM = (75, 80, 86, 89, 90, 100, 120)
 """CUDA architectures that a target may name; a chip has the features of every lower one."""
@@ -185,7 +192,7 @@ def features_of(cpuinfo: str) -> frozenset[str]:
 
 
 def detect_features() -> frozenset[str]:
-    """This machine's features. Without ``/proc/cpuinfo`` only the machine type is known: no row is promised."""
+    """This machine's features. Without ``/proc/cpuinfo`` only the machine type is known and no row serves."""
     path = Path("/proc/cpuinfo")
     if path.is_file() and (found := features_of(path.read_text(errors="replace"))):
         return found
