@@ -1,0 +1,68 @@
+"""Open an ONNX model without its weights: read, inline its functions, infer its types."""
+
+from __future__ import annotations
+
+import mmap
+import secrets
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+import onnx.shape_inference
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from qcompiler.backends.onnx import wire
+from qcompiler.backends.onnx.tensors import Origin
+from qcompiler.errors import InputError
+
+
+def read_model(source: str | Path | onnx.ModelProto) -> tuple[onnx.ModelProto, Origin]:
+    """The model, its functions inlined; bytes of big tensors stay in the file. Raises InputError."""
+    if isinstance(source, onnx.ModelProto):
+        model, origin = source, Origin(None)
+    else:
+        origin = Origin(Path(source), f"qcompiler.inline.{secrets.token_hex(8)}")
+        model = _parse(Path(source), origin)
+    if not model.HasField("graph"):
+        raise InputError(f"{origin.label} is not a readable ONNX model: it has no graph")
+    return (_inlined(model, origin) if model.functions else model), origin
+
+
+def _parse(path: Path, origin: Origin) -> onnx.ModelProto:
+    try:
+        with open(path, "rb") as f:
+            if f.seek(0, 2) == 0:
+                raise InputError(f"{path} is not a readable ONNX model: it is empty")
+            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+                data = wire.strip(view, origin.token, str(path))
+    except OSError as e:
+        raise InputError(f"cannot read the model {path}: {e.strerror or e}") from None
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError:
+        raise InputError(f"{path} is not a readable ONNX model: it is damaged, or another kind of file") from None
+    return model
+
+
+def _inlined(model: onnx.ModelProto, origin: Origin) -> onnx.ModelProto:
+    names = ", ".join(sorted({f"{f.domain}.{f.name}" for f in model.functions})[:3])
+    try:
+        out = onnx.inliner.inline_local_functions(model)
+    except Exception as e:
+        raise InputError(f"{origin.label}: its functions ({names}) cannot be inlined: {e}") from None
+    if out.functions:
+        names = ", ".join(sorted({f"{f.domain}.{f.name}" for f in out.functions})[:3])
+        raise InputError(
+            f"{origin.label}: its functions ({names}) cannot be inlined, since they ask for another opset than the "
+            "model; convert the model to one opset first"
+        )
+    return out
+
+
+def infer_types(model: onnx.ModelProto) -> onnx.GraphProto:
+    """The graph of ``model`` with the types that ONNX can infer; the graph itself where inference fails."""
+    try:
+        return onnx.shape_inference.infer_shapes(model, strict_mode=False, data_prop=False).graph
+    except Exception:  # a model that inference cannot follow is still a model
+        return model.graph

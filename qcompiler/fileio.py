@@ -1,0 +1,141 @@
+"""Files that appear whole or not at all: written aside, then renamed into place."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from qcompiler.errors import InputError
+
+
+class Staged:
+    """A folder beside ``out`` for the files of one result, moved to their places by :meth:`commit`.
+
+    ::
+
+        with Staged(out) as stage:
+            write(stage.main)                # becomes out
+            write(stage.beside(".data"))     # becomes out.data
+            stage.commit()
+
+    The files stand in the folder under their final names, so that the result can be opened and tried before it is
+    committed. Leaving the block without a commit, by an exception too, removes the folder and changes nothing else.
+    OSError inside the block becomes InputError (``out`` is a folder, cannot be written, the disk is full).
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = Path(out)
+        self._suffixes: list[str] = []
+        self._folder: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The staging folder; it exists inside the ``with`` block only."""
+        assert self._folder is not None, "Staged is used inside its with block"
+        return self._folder
+
+    @property
+    def main(self) -> Path:
+        """Where to write the file that becomes ``out``."""
+        return self.folder / self.out.name
+
+    def beside(self, suffix: str) -> Path:
+        """Where to write the file that becomes ``out`` + ``suffix``; it is optional, even after this call."""
+        if suffix not in self._suffixes:
+            self._suffixes.append(suffix)
+        return self.folder / (self.out.name + suffix)
+
+    def __enter__(self) -> Staged:
+        if self.out.is_dir() or not self.out.name:
+            raise InputError(f"{self.out} is a folder; name a file to write")
+        with self._explained():
+            if not self.out.parent.is_dir():
+                raise InputError(f"the folder {self.out.parent} does not exist; create it or choose another output")
+            self._remove_stale()
+            folder = self.out.parent / f".{self.out.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+            folder.mkdir()
+            self._folder = folder
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+        if isinstance(error, OSError):
+            raise self._explain(error) from error
+        return False
+
+    def commit(self) -> None:
+        """Put the files in place, ``out`` last, so that whoever sees ``out`` sees the files that belong to it.
+
+        Where files beside it are replaced, the old ``out`` is removed first: an interruption may leave none, never
+        one with the data of another.
+        """
+        with self._explained():
+            extra = [s for s in self._suffixes if (self.folder / (self.out.name + s)).exists()]
+            for suffix in ["", *extra]:
+                _sync(self.folder / (self.out.name + suffix))
+            if any(self._target(s).exists() for s in extra):
+                self.out.unlink(missing_ok=True)
+                _sync(self.out.parent)
+            for suffix in extra:
+                os.replace(self.folder / (self.out.name + suffix), self._target(suffix))
+            _sync(self.out.parent)
+            os.replace(self.main, self.out)
+            _sync(self.out.parent)
+
+    def _target(self, suffix: str) -> Path:
+        return self.out.with_name(self.out.name + suffix)
+
+    def _remove_stale(self) -> None:
+        """Remove what an earlier process, now dead, left behind for the same ``out``."""
+        pattern = re.compile(rf"\.{re.escape(self.out.name)}\.partial-(\d+)-[0-9a-f]+\Z")
+        for path in self.out.parent.iterdir():
+            m = pattern.match(path.name)
+            if m is not None and not _alive(int(m[1])) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise self._explain(e) from e
+
+    def _explain(self, error: OSError) -> InputError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return InputError(f"the disk is full while writing {self.out}; free space or choose another output")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return InputError(f"{self.out} cannot be written ({error.strerror}); choose another output")
+        return InputError(f"{self.out} cannot be written: {error.strerror or error}")
+
+
+def _sync(path: Path) -> None:
+    """Have the file or folder reach the disk."""
+    if os.name != "posix" and path.is_dir():
+        return  # folders cannot be opened there
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
