@@ -1,1 +1,26 @@
-"""What captures a model from a runtime, and emits and judges an artifact for it."""
+"""Backends: one package a runtime, found by target name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from qcompiler.errors import InputError
+
+if TYPE_CHECKING:
+    from qcompiler.backends.base import Backend
+
+BACKENDS = {
+    "ort-cpu": "qcompiler.backends.onnx.backend:OrtBackend",
+    "ort-cuda": "qcompiler.backends.onnx.backend:OrtBackend",
+}
+
+
+def backend_of(target: str) -> Backend:
+    """The backend of target ``name[:arch]``; raises InputError that lists the targets there are."""
+    name = target.partition(":")[0]
+    if name not in BACKENDS:
+        raise InputError(f"unknown target {target!r}; known: {', '.join(BACKENDS)}")
+    module, _, cls = BACKENDS[name].partition(":")
+    found: Backend = getattr(importlib.import_module(module), cls)()
+    return found

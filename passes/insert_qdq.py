@@ -153,7 +153,7 @@ class InsertQdq(Pass):
         site = Site(f.name, f.kind, n, k, before, "" if scheme is None else scheme.text)
         first = next((s for s in ledger if s.weight is f.weight), None)
         if first is not None:
-            site.tied_to, site.before = first.name, 0
+            site.tied_to = first.name
         site.weight = f.weight
         return ledger.add(site).name
 

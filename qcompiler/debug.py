@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import gettempdir
 
 from qcompiler.ir import Graph
 from qcompiler.pipeline import Context, Pass
-from qcompiler.text import show
+from qcompiler.text import show, show_attrs
 
 DUMP_VARIABLE = "QCOMPILER_DUMP"
 
@@ -39,7 +39,7 @@ class LastGood:
 
     def before(self, number: int, item: Pass, graph: Graph, ctx: Context) -> None:
         self.item = item
-        self.text = show(graph) if len(graph) <= 5000 else ""
+        self.text = show(graph, digests=False) if len(graph) <= 5000 else ""
 
     def after(self, number: int, item: Pass, graph: Graph, ctx: Context) -> None:
         self.text = ""
@@ -49,6 +49,12 @@ def hooks_from_environment() -> list[DumpHook]:
     """A dump hook when the environment variable QCOMPILER_DUMP names a folder."""
     folder = os.environ.get(DUMP_VARIABLE)
     return [DumpHook(Path(folder))] if folder else []
+
+
+def step_text(item: Pass) -> str:
+    """The pass as recipes write it, with every option that has a place in the text."""
+    given = {f.name: getattr(item, f.name) for f in fields(item)}  # type: ignore[arg-type]  # every pass is a dataclass
+    return f"{item.name}{show_attrs(given)}" if given else item.name
 
 
 def write_repro(error: BaseException, graph_text: str = "", step: str = "", folder: Path | None = None) -> Path:

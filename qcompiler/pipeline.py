@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
 from qcompiler.errors import Error, StructureError
@@ -60,7 +61,9 @@ class Hook(Protocol):
 
 
 class PassFailed(StructureError):
-    """A pass raised or broke the graph: ``number`` and ``item`` say which, ``__cause__`` why."""
+    """A pass raised or broke the graph: ``number`` and ``item`` say which, ``__cause__`` why, ``repro`` is a file."""
+
+    repro: Path | None = None
 
     def __init__(self, number: int, item: Pass, message: str) -> None:
         super().__init__(f"pass {number} ({item.name}): {message}")

@@ -14,7 +14,7 @@ Status = Literal["pending", "fused", "skipped", "unfused"]
 class Site:
     """One linear, embedding or convolution. ``before`` is the bytes of its float weight; ``status`` how it ended.
 
-    A site whose weight an earlier site stores too is ``tied_to`` that one and counts no bytes of its own. ``weight`` is
+    A site whose weight an earlier site stores too is ``tied_to`` that one; sums count the bytes of both once. ``weight`` is
     the float constant in the graph, while there is one; ``stats`` fills when its codes are computed.
     """
 

@@ -76,21 +76,23 @@ def _number(x: Any, element: DType) -> str:
     return show_float(float(x)) if element.is_float else str(int(x))
 
 
-def show_payload(payload: Payload) -> str:
-    """``dense(...)`` for a small one in memory, else its reference, else a digest of its bytes."""
+def show_payload(payload: Payload, *, digest: bool = True) -> str:
+    """``dense(...)`` for a small one in memory, else its reference, else a digest of its bytes (which reads them)."""
     if (ref := payload.ref()) is not None:
         return ref if re.fullmatch(r"rand:\d+", ref) else f"@{quote(ref)}"
     printable = payload.dtype.kind != "complex" and payload.size <= DENSE_LIMIT
     if printable and isinstance(payload, (ArrayPayload, BytesPayload)):
         flat = payload.array().reshape(-1)
         return f"dense({', '.join(_number(x, payload.dtype) for x in flat)})"
-    digest = hashlib.sha256()
+    if not digest:
+        return f"@{quote('memory')}"
+    sha = hashlib.sha256()
     if payload.dtype.kind == "string":
-        digest.update(repr(payload.array().tolist()).encode())
+        sha.update(repr(payload.array().tolist()).encode())
     else:
         for piece in payload.chunks():
-            digest.update(piece)
-    return f"@{quote('data:' + digest.hexdigest()[:16])}"
+            sha.update(piece)
+    return f"@{quote('data:' + sha.hexdigest()[:16])}"
 
 
 def show_attr(value: Attr) -> str:
@@ -157,13 +159,14 @@ def show_op(op: Op, *, locs: bool = True) -> str:
     return f"{outs}{' = ' if outs else ''}{show_word(op.name)}({args}){attrs}{meta}{loc}"
 
 
-def _lines(graph: Graph, indent: str, locs: bool) -> Iterator[str]:
+def _lines(graph: Graph, indent: str, locs: bool, digests: bool) -> Iterator[str]:
     inner = indent + "  "
     for v in graph.inputs:
-        yield f"{inner}input {_typed(v)}{'' if v.payload is None else ' = ' + show_payload(v.payload)}"
+        default = "" if v.payload is None else f" = {show_payload(v.payload, digest=digests)}"
+        yield f"{inner}input {_typed(v)}{default}"
     for v in graph.consts.values():
         assert v.payload is not None
-        yield f"{inner}const {_typed(v)} = {show_payload(v.payload)}"
+        yield f"{inner}const {_typed(v)} = {show_payload(v.payload, digest=digests)}"
     for op in graph:
         line = inner + show_op(op, locs=locs)
         if not op.regions:
@@ -172,7 +175,7 @@ def _lines(graph: Graph, indent: str, locs: bool) -> Iterator[str]:
         yield f"{line} regions {{"
         for key, region in op.regions.items():
             yield f"{inner}  {show_word(key)} = {_header(region)} {{"
-            yield from _lines(region, inner + "  ", locs)
+            yield from _lines(region, inner + "  ", locs, digests)
             yield inner + "  }"
         yield inner + "}"
     yield f"{inner}return{' ' if graph.outputs else ''}{', '.join(show_name(v.name) for v in graph.outputs)}"
@@ -183,6 +186,6 @@ def _header(graph: Graph) -> str:
     return f"graph @{show_word(graph.name)} dialect={show_word(graph.dialect)}{meta}"
 
 
-def show(graph: Graph, *, locs: bool = True) -> str:
-    """The whole graph as text. ``locs=False`` leaves out where ops came from."""
-    return "\n".join([_header(graph) + " {", *_lines(graph, "", locs), "}"]) + "\n"
+def show(graph: Graph, *, locs: bool = True, digests: bool = True) -> str:
+    """The whole graph as text. ``locs=False`` leaves out where ops came from; ``digests=False`` reads no constant."""
+    return "\n".join([_header(graph) + " {", *_lines(graph, "", locs, digests), "}"]) + "\n"

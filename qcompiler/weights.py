@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from qcompiler.dtypes import Array
-from qcompiler.errors import InputError
+from qcompiler.errors import BadWeights, InputError
 from qcompiler.payload import Computation, ComputedPayload, Payload
 from qcompiler.rtn import rtn
 from qcompiler.scheme import Scheme
@@ -35,7 +35,11 @@ class WeightQuantization(Computation):
         super().__init__(f"rtn<{scheme.text}>", self._quantize, [weight], results)
 
     def _quantize(self, weight: Payload) -> Sequence[Array]:
-        out = rtn(weight, self.scheme, clip=self.clip, transpose=self.flip)
+        try:
+            out = rtn(weight, self.scheme, clip=self.clip, transpose=self.flip)
+        except BadWeights:
+            self.stats["bad"] = True
+            raise
         self.stats.update(out.stats)
         return [out.codes, out.scale] if out.zero is None else [out.codes, out.scale, out.zero]
 

@@ -1,0 +1,130 @@
+"""What every backend gives the driver: capture, lower, write, show evidence. One subclass a runtime."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from qcompiler.ir import Graph
+from qcompiler.report.model import Quality
+from qcompiler.sites import Site
+from qcompiler.target import Phase, Target
+from qcompiler.verify.evidence import EvidenceResult
+from qcompiler.verify.findings import Finding
+
+
+class Progress(Protocol):
+    """Who listens to long work: a new stage, then how far it is."""
+
+    def stage(self, text: str) -> None: ...
+
+    def advance(self, done: int, total: int, unit: str) -> None: ...
+
+
+class Silent:
+    """A progress listener that does nothing."""
+
+    def stage(self, text: str) -> None:
+        """Ignore it."""
+
+    def advance(self, done: int, total: int, unit: str) -> None:
+        """Ignore it."""
+
+
+@dataclass
+class Captured:
+    """A model as a graph, where it came from, and the float model in the runtime's own form to compare with."""
+
+    graph: Graph
+    kind: str
+    path: str = ""
+    sha256: str = ""
+    reference: Path | None = None
+    cleanup: list[Callable[[], None]] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Remove temporary files."""
+        while self.cleanup:
+            self.cleanup.pop()()
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: the files by name, their bytes together."""
+
+    files: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A verdict on a file: its quantized sites, what was found, and the evidence."""
+
+    sites: list[Site]
+    findings: list[Finding]
+    evidence: EvidenceResult
+
+
+class Backend(ABC):
+    """A runtime that a target belongs to."""
+
+    suffix: str
+
+    @abstractmethod
+    def target(self, spec: str) -> Target:
+        """The target ``name[:arch]``; raises InputError for an unknown chip."""
+
+    @abstractmethod
+    def chips(self, name: str) -> tuple[str, ...]:
+        """The chips that may follow the target's name after a colon."""
+
+    @abstractmethod
+    def available(self, name: str) -> tuple[bool, str]:
+        """Whether the target's runtime and device are here, and a remark."""
+
+    @abstractmethod
+    def digest(self, path: Path) -> str:
+        """SHA-256 of a file, hex."""
+
+    @abstractmethod
+    def capture(self, source: Any, args: Any, dynamic_shapes: Any, progress: Progress) -> Captured:
+        """``source`` as a graph of this backend's dialect; raises InputError with the cause in one sentence."""
+
+    @abstractmethod
+    def judge(self, graph: Graph, target: Target, phases: Sequence[Phase]) -> list[Finding]:
+        """The static verdict on a lowered graph."""
+
+    @abstractmethod
+    def stored(self, graph: Graph) -> dict[str, dict[str, int]]:
+        """Node name -> bytes of codes, scales and zeros that a lowered site stores."""
+
+    @abstractmethod
+    def emit(self, graph: Graph, path: Path, metadata: Mapping[str, str], progress: Progress) -> Written:
+        """Write the artifact at ``path``, streaming; whatever lies beside it belongs to it."""
+
+    @abstractmethod
+    def evidence(self, path: Path, target: Target, phases: Sequence[Phase], sites: Sequence[Site]) -> EvidenceResult:
+        """Open the artifact in its runtime and see which kernel ran."""
+
+    @abstractmethod
+    def verify(self, path: Path, target: Target, phases: Sequence[Phase], *, run: bool) -> Judged:
+        """Judge any file of this backend's format, made by us or not."""
+
+    @abstractmethod
+    def quality(self, reference: Path, artifact: Path, data: Any) -> Quality | str:
+        """Float against compiled on the same inputs, or the reason why they were not compared."""
+
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Package name -> version, for the report."""
+
+    @abstractmethod
+    def open(self, path: Path, target: Target) -> Any:
+        """The artifact opened in its runtime, callable through :meth:`call`."""
+
+    @abstractmethod
+    def call(self, session: Any, inputs: Sequence[Any]) -> list[Any]:
+        """Run an opened artifact on positional inputs."""

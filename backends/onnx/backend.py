@@ -1,0 +1,99 @@
+"""The ONNX Runtime backend: targets ort-cpu and ort-cuda, artifacts are .onnx files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qcompiler.backends.base import Backend, Captured, Judged, Progress, Written
+from qcompiler.backends.onnx import capture as capturing, kernels
+from qcompiler.backends.onnx.emit import emit_onnx
+from qcompiler.backends.onnx.evidence import OrtEvidence, verify_file
+from qcompiler.backends.onnx.judge import judge_graph, sites_of
+from qcompiler.errors import InputError
+from qcompiler.ir import Graph
+from qcompiler.report.model import Quality
+from qcompiler.sites import Site
+from qcompiler.target import Phase, Target
+from qcompiler.verify.evidence import EvidenceResult
+from qcompiler.verify.findings import Finding
+
+
+class OrtBackend(Backend):
+    """Captures to ONNX graphs, lowers to contrib ops, shows evidence from ONNX Runtime's CPU provider."""
+
+    suffix = ".onnx"
+
+    def target(self, spec: str) -> Target:
+        return kernels.target(spec)
+
+    def chips(self, name: str) -> tuple[str, ...]:
+        return kernels.chips(name)
+
+    def available(self, name: str) -> tuple[bool, str]:
+        try:
+            version = importlib.metadata.version("onnxruntime")
+        except importlib.metadata.PackageNotFoundError:
+            return False, "onnxruntime is not installed; pip install 'qcompiler[cpu]'"
+        if name == "ort-cuda":
+            return False, "planned and compiled for without a device; evidence is static"
+        return True, f"onnxruntime {version}"
+
+    def digest(self, path: Path) -> str:
+        return capturing.sha256_of(path)
+
+    def capture(self, source: Any, args: Any, dynamic_shapes: Any, progress: Progress) -> Captured:
+        return capturing.capture(source, args, dynamic_shapes, progress)
+
+    def judge(self, graph: Graph, target: Target, phases: Sequence[Phase]) -> list[Finding]:
+        return judge_graph(graph, target, phases)
+
+    def stored(self, graph: Graph) -> dict[str, dict[str, int]]:
+        return {site.name: site.bytes for site in sites_of(graph)}
+
+    def emit(self, graph: Graph, path: Path, metadata: Mapping[str, str], progress: Progress) -> Written:
+        info = emit_onnx(graph, path, metadata=metadata)
+        names = (path.name,) + ((info.data_path.name,) if info.data_path is not None else ())
+        return Written(names, info.nbytes + info.data_nbytes)
+
+    def evidence(self, path: Path, target: Target, phases: Sequence[Phase], sites: Sequence[Site]) -> EvidenceResult:
+        return OrtEvidence(target, phases).collect(path)
+
+    def verify(self, path: Path, target: Target, phases: Sequence[Phase], *, run: bool) -> Judged:
+        sites, findings, evidence = verify_file(path, target, phases, run)
+        return Judged(sites, findings, evidence)
+
+    def quality(self, reference: Path, artifact: Path, data: Any) -> Quality | str:
+        from qcompiler.backends.onnx.quality import compare
+
+        return compare(reference, artifact)
+
+    def versions(self) -> dict[str, str]:
+        found = {}
+        for name in ("qcompiler", "onnx", "onnxruntime", "numpy", "torch"):
+            try:
+                found[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return found
+
+    def open(self, path: Path, target: Target) -> Any:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        wanted = session.get_modelmeta().custom_metadata_map.get("qcompiler.session", "")
+        if target.name == "ort-cuda" or wanted:
+            raise InputError(f"an artifact for {target} runs on its device; open {path.name} in a session of your own")
+        return session
+
+    def call(self, session: Any, inputs: Sequence[Any]) -> list[Any]:
+        names = [i.name for i in session.get_inputs()]
+        if len(inputs) != len(names):
+            raise InputError(f"the model takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)}")
+        arrays = [v.detach().cpu().numpy() if hasattr(v, "detach") else v for v in inputs]
+        found: list[Any] = session.run(None, dict(zip(names, arrays, strict=True)))
+        return found

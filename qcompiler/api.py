@@ -1,0 +1,241 @@
+"""The public functions: compile, verify, plan, inspect; and what the command line lists."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qcompiler import driver, recipe as recipes
+from qcompiler.backends import BACKENDS, backend_of
+from qcompiler.backends.base import Progress, Silent
+from qcompiler.errors import InputError
+from qcompiler.ir import Graph
+from qcompiler.memory import bound
+from qcompiler.parse import parse
+from qcompiler.pipeline import Context, run
+from qcompiler.planning import Plan, make_plan
+from qcompiler.recipe import Recipe
+from qcompiler.report.model import Report, Source
+from qcompiler.target import PHASES, KernelRow, Phase, Target
+from qcompiler.text import show
+
+
+@dataclass
+class Artifact:
+    """A compiled model: its files, its report, and a way to run it."""
+
+    path: Path
+    report: Report
+    target: Target
+    _session: Any = field(default=None, repr=False)
+    _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    @property
+    def session(self) -> Any:
+        """The artifact opened in its runtime (an onnxruntime.InferenceSession), opened at first use."""
+        if self._session is None:
+            self._session = backend_of(self.target.name).open(self.path, self.target)
+        return self._session
+
+    def __call__(self, *inputs: Any) -> list[Any]:
+        """Outputs for positional ``inputs`` (arrays or tensors), in the order of the model's inputs."""
+        return backend_of(self.target.name).call(self.session, inputs)
+
+    def save(self, path: str | Path) -> Path:
+        """Copy the artifact, what lies beside it and its report to ``path``."""
+        path = Path(path)
+        for suffix in (".data", ".report.json", ""):
+            source = self.path.with_name(self.path.name + suffix)
+            if source.is_file():
+                if suffix == ".data" and path.name != self.path.name:
+                    raise InputError(
+                        f"the weights of this artifact lie in {source.name}, which the model names; "
+                        f"save it under the name {self.path.name} in another folder"
+                    )
+                shutil.copyfile(source, path.with_name(path.name + suffix))
+        return path
+
+
+def compile(
+    source: Any,
+    *,
+    target: str = "ort-cpu",
+    recipe: str | Path | Recipe = "w4a16",
+    args: Any = None,
+    dynamic_shapes: Any = None,
+    calibration: Any = None,
+    out: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    skip: Sequence[str] = (),
+    phases: Sequence[Phase] | None = None,
+    max_ram: int | None = None,
+    check: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile ``source`` for ``target`` by ``recipe``; the artifact goes to ``out``, or to a folder that dies with it.
+
+    ``settings`` maps ``pass.key`` to a value, ``skip`` adds site globs, ``max_ram`` bounds private memory in bytes.
+    Raises InputError or RecipeError for a request that cannot be met and RejectedError, which carries the report, when
+    the verifier refuses the result.
+    """
+    if check:
+        raise InputError("--check compares every pass with the graph before it; it is not there yet, leave it out")
+    if calibration is not None:
+        raise InputError("recipes of weights alone take no calibration data; leave --calibration out")
+    chosen = recipes.adjusted(recipes.load(recipe), settings or {}, skip)
+    job = driver.start(target, chosen, phases, progress)
+    folder = None if out is not None else tempfile.TemporaryDirectory(prefix="qcompiler-")
+    path = Path(out) if out is not None else Path(folder.name) / f"model{job.backend.suffix}"  # type: ignore[union-attr]
+    if path.suffix != job.backend.suffix:
+        raise InputError(f"artifacts for {target} are {job.backend.suffix} files, not {path.name!r}")
+    captured = driver.capture(job, source, args, dynamic_shapes)
+    try:
+        if max_ram is not None:
+            bound(captured.graph, max_ram)
+        report = driver.compile_to(job, captured, path, force=force)
+    finally:
+        captured.close()
+    return Artifact(path, report, job.target, _folder=folder)
+
+
+def verify(
+    source: Any,
+    *,
+    target: str = "ort-cpu",
+    phases: Sequence[Phase] | None = None,
+    run: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Judge any graph for ``target``, ours or not; ``run=False`` reads rows only. Never changes the file."""
+    backend = backend_of(target)
+    progress = progress or Silent()
+    chosen, seen = backend.target(target), tuple(phases or PHASES)
+    path = Path(source) if isinstance(source, str | Path) else None
+    temporary: tempfile.TemporaryDirectory[str] | None = None
+    kind, digest = "onnx", ""
+    if path is None or path.suffix != backend.suffix:
+        captured = backend.capture(source, None, None, progress)
+        kind = captured.kind
+        temporary = tempfile.TemporaryDirectory(prefix="qcompiler-")
+        path = Path(temporary.name) / f"model{backend.suffix}"
+        backend.emit(captured.graph, path, {}, progress)
+        captured.close()
+    elif not path.is_file():
+        raise InputError(f"there is no file {path}")
+    else:
+        digest = backend.digest(path)
+    try:
+        progress.stage("judge")
+        judged = backend.verify(path, chosen, seen, run=run)
+    finally:
+        if temporary is not None:
+            temporary.cleanup()
+    return Report(
+        target=str(chosen),
+        source=Source(kind, str(source) if isinstance(source, str | Path) else "", digest),
+        findings=tuple(judged.findings),
+        sites=tuple(judged.sites),
+        phases={p.name: p.m for p in seen},
+        versions=backend.versions(),
+        notes=tuple(judged.evidence.notes),
+        peak_rss_bytes=driver.peak_rss(),
+    )
+
+
+def plan(
+    source: Any,
+    *,
+    target: str = "ort-cpu",
+    recipe: str | Path | Recipe = "w4a16",
+    tp: int | None = None,
+    phases: Sequence[Phase] | None = None,
+    skip: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    args: Any = None,
+    dynamic_shapes: Any = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """What compiling would do to each site, without reading a weight."""
+    if tp not in (None, 1):
+        raise InputError("planning for tensor-parallel shards is not there yet; leave --tp out")
+    job = driver.start(target, recipes.adjusted(recipes.load(recipe), settings or {}, skip), phases, progress)
+    captured = driver.capture(job, source, args, dynamic_shapes)
+    try:
+        return make_plan(job, captured)
+    finally:
+        captured.close()
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A file as a graph, with the verdict that rows alone give."""
+
+    graph: Graph
+    report: Report
+
+    def text(self) -> str:
+        """The IR as text."""
+        return show(self.graph)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ops": sum(1 for _ in self.graph.walk()), "report": self.report.to_json()}
+
+
+def inspect(path: str | Path, *, target: str = "ort-cpu") -> Inspection:
+    """The graph of a file, its sites, sizes and kernels; nothing is run."""
+    path = Path(path)
+    if path.suffix == ".qir":
+        return Inspection(read_qir(path), Report(target=target, source=Source("qir", str(path))))
+    captured = backend_of(target).capture(path, None, None, Silent())
+    try:
+        return Inspection(captured.graph, verify(path, target=target, run=False))
+    finally:
+        captured.close()
+
+
+def read_qir(path: Path) -> Graph:
+    """The graph in a file of IR text; raises InputError."""
+    try:
+        return parse(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path} cannot be read: {e}") from None
+
+
+def run_passes(qir_text: str, recipe_text: str, target: str | None = None) -> str:
+    """Passes over textual IR: the graph after ``recipe_text``, as text."""
+    graph = parse(qir_text)
+    ctx = Context(None if target is None else backend_of(target).target(target))
+    run(graph, recipes.load(recipe_text).passes, ctx)
+    return show(graph)
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """A target that can be named: examples of its chips, whether its runtime is installed, a remark."""
+
+    name: str
+    arch: tuple[str, ...]
+    available: bool
+    note: str
+
+
+def targets() -> list[TargetInfo]:
+    """Every target there is."""
+    out = []
+    for name in BACKENDS:
+        backend = backend_of(name)
+        available, note = backend.available(name)
+        out.append(TargetInfo(name, backend.chips(name), available, note))
+    return out
+
+
+def kernels(target: str = "ort-cpu") -> list[KernelRow]:
+    """The kernel rows of ``target`` in order of op and rank."""
+    found = backend_of(target).target(target)
+    return sorted(found.rows, key=lambda r: (r.op, r.rank))
+

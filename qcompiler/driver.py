@@ -1,0 +1,257 @@
+"""One compilation from source to artifact: capture, passes, verdict, emission, evidence, report."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import qcompiler
+from qcompiler import debug
+from qcompiler.backends import backend_of
+from qcompiler.backends.base import Backend, Captured, Progress, Silent
+from qcompiler.errors import BadWeights, RejectedError
+from qcompiler.fileio import Staged
+from qcompiler.ir import Graph
+from qcompiler.pipeline import Context, Pass, PassFailed, run
+from qcompiler.recipe import Recipe
+from qcompiler.report.model import ArtifactInfo, Quality, RecipeInfo, Report, Source, Timing
+from qcompiler.target import PHASES, Phase, Target
+from qcompiler.verify.evidence import EvidenceResult
+from qcompiler.verify.findings import Finding
+
+COMPARE_LIMIT = 512 << 20
+"""Bytes of float weights above which the float model is not run beside the artifact."""
+
+
+@dataclass
+class Job:
+    """A compilation in progress and what it has found so far."""
+
+    recipe: Recipe
+    target: Target
+    backend: Backend
+    phases: Sequence[Phase] = PHASES
+    progress: Progress = field(default_factory=Silent)
+    ctx: Context = field(init=False)
+    times: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    quality: Quality | None = None
+    artifact: ArtifactInfo | None = None
+
+    def __post_init__(self) -> None:
+        self.ctx = Context(self.target, self.phases, progress=lambda name: self.progress.stage(f"pass {name}"))
+
+    def timed(self, key: str, start: float) -> None:
+        self.times[key] = self.times.get(key, 0.0) + time.perf_counter() - start
+
+
+def start(target: str, recipe: Recipe, phases: Sequence[Phase] | None, progress: Progress | None) -> Job:
+    """A job for ``target``; raises InputError for an unknown one."""
+    backend = backend_of(target)
+    return Job(recipe, backend.target(target), backend, tuple(phases or PHASES), progress or Silent())
+
+
+def capture(job: Job, source: Any, args: Any = None, dynamic_shapes: Any = None) -> Captured:
+    """The source as a graph; its time goes to the report."""
+    begin = time.perf_counter()
+    job.progress.stage("capture")
+    captured = job.backend.capture(source, args, dynamic_shapes, job.progress)
+    job.timed("capture", begin)
+    return captured
+
+
+def run_recipe(job: Job, graph: Graph, passes: Sequence[Pass] | None = None) -> None:
+    """Run the recipe (or ``passes``); an internal failure leaves a repro file, named by the PassFailed it raises."""
+    last = debug.LastGood()
+    try:
+        run(graph, job.recipe.passes if passes is None else passes, job.ctx, [*debug.hooks_from_environment(), last])
+    except PassFailed as e:
+        e.repro = debug.write_repro(e, last.text, debug.step_text(e.item))
+        raise
+
+
+def settle(job: Job, graph: Graph) -> None:
+    """Every site that is still pending was not fused: say so, with the reason its rule gave (law L2)."""
+    reasons = {r.site or r.op: r.reason for r in job.ctx.refusals if r.rule.startswith("fuse_dequant")}
+    by_site = {op.meta["site"]: reasons.get(op.label) for op in graph.walk() if "site" in op.meta}
+    for site in job.ctx.ledger:
+        if site.status != "pending":
+            continue
+        reason = by_site.get(site.name)
+        site.status = "unfused"
+        site.reason = reason.message if reason else "no fused kernel was found for it"
+        code, fix = (reason.code, reason.fix) if reason else ("", "")
+        message = f"{site.op} {site.n}x{site.k} <{site.scheme}> is left unfused"
+        job.ctx.findings.append(Finding(code or "QC101", site.name, message, site.reason, fix))
+
+
+def account(job: Job, graph: Graph) -> None:
+    """Fill each site's stored bytes from the lowered graph; tied sites show the bytes they share."""
+    stored = job.backend.stored(graph)
+    for site in job.ctx.ledger:
+        sizes = stored.get(site.name) or stored.get(site.tied_to or "")
+        if sizes:
+            site.bytes = dict(sizes)
+
+
+def grade(job: Job) -> None:
+    """Signal-to-noise of each quantized weight, from the sums noted when its codes were computed."""
+    for site in job.ctx.ledger:
+        signal, noise = site.stats.get("sum_sq"), site.stats.get("sum_sq_error")
+        if signal is None or noise is None or site.status == "skipped":
+            continue
+        site.sqnr_db = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else None
+        if site.stats.get("all_scales_equal") and site.bytes.get("scales", 0) > 64:
+            message = f"all scales of {site.n}x{site.k} <{site.scheme}> are the same number"
+            fix = "check that these are trained weights"
+            job.ctx.findings.append(Finding("QC304", site.name, message, "", fix, severity="warning"))
+
+
+def weigh(job: Job, result: EvidenceResult) -> None:
+    """Let what the runtime did overrule what was planned: a site is fused only if every phase saw it fused."""
+    job.ctx.findings.extend(result.findings)
+    job.notes.extend(result.notes)
+    by_node: dict[str, list[Any]] = {}
+    for node in result.nodes:
+        by_node.setdefault(node.node, []).append(node)
+    for site in job.ctx.ledger:
+        if site.status != "fused":
+            continue
+        seen = by_node.get(site.name, [])
+        if seen and result.kind == "measured":
+            site.evidence = "measured"
+        bad = [n for n in seen if n.verdict != "fused"]
+        if bad:
+            site.status = "unfused"
+            site.reason = f"the runtime shows {bad[0].verdict} for {bad[0].op_type} in phase {bad[0].phase or 'any'}"
+
+
+def peak_rss() -> int:
+    """Peak resident bytes of this process so far, mapped file pages included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def report(job: Job, captured: Captured) -> Report:
+    """The report as things stand."""
+    return Report(
+        target=str(job.target),
+        source=Source(captured.kind, captured.path, captured.sha256),
+        recipe=RecipeInfo(job.recipe.name, job.recipe.text, job.recipe.hash),
+        findings=tuple(dict.fromkeys(job.ctx.findings)),
+        sites=tuple(job.ctx.ledger),
+        timing=Timing(
+            capture_s=job.times.get("capture", 0.0),
+            passes_s=dict(job.ctx.passes_s),
+            emit_s=job.times.get("emit", 0.0),
+            evidence_s=job.times.get("evidence", 0.0),
+        ),
+        peak_rss_bytes=peak_rss(),
+        phases={p.name: p.m for p in job.phases},
+        quality=job.quality,
+        artifact=job.artifact,
+        versions=job.backend.versions(),
+        notes=tuple(job.notes),
+    )
+
+
+def metadata(job: Job, captured: Captured) -> dict[str, str]:
+    """What travels inside the artifact: which recipe, which target, made from what."""
+    out = {
+        "qcompiler.version": qcompiler.__version__,
+        "qcompiler.target": str(job.target),
+        "qcompiler.recipe": job.recipe.text,
+        "qcompiler.recipe_hash": job.recipe.hash,
+    }
+    rows = {job.target.row(name) for site in job.ctx.ledger for name in site.kernel.values()}
+    if keys := sorted({pair for row in rows for pair in row.session}):
+        out["qcompiler.session"] = ";".join(f"{k}={v}" for k, v in keys)
+        job.notes.append(f"the runtime needs session keys for these kernels: {out['qcompiler.session']}")
+    return out | ({"qcompiler.source_sha256": captured.sha256} if captured.sha256 else {})
+
+
+def compile_to(job: Job, captured: Captured, out: Path, *, force: bool = False, data: Any = None) -> Report:
+    """Write the artifact of a captured model at ``out`` and ``out.report.json`` beside it; all of it or nothing.
+
+    Raises RejectedError, with the report written and the artifact not, when the verifier refuses. ``force`` writes the
+    artifact all the same where there is one: a site that no kernel took cannot be written.
+    """
+    graph = captured.graph
+    with Staged(out) as staged:
+        run_recipe(job, graph)
+        settle(job, graph)
+        writable = not any(op.name.startswith("q.") for op in graph.walk())
+        if writable:
+            staged.beside(".data")
+            writable = _write(job, captured, staged.main, data)
+        final = report(job, captured)
+        if final.accepted or (force and writable):
+            final.save(staged.beside(".report.json"))
+            staged.commit()
+        else:
+            final = replace(final, artifact=None)
+            final.save(out.with_name(f"{out.name}.report.json"))
+    if not final.accepted:
+        raise RejectedError(rejection(final), final)
+    return final
+
+
+def _write(job: Job, captured: Captured, path: Path, data: Any) -> bool:
+    """Emit into the staging folder and collect evidence there; False when the weights cannot be quantized."""
+    graph, backend = captured.graph, job.backend
+    account(job, graph)
+    job.ctx.findings.extend(backend.judge(graph, job.target, job.phases))
+    begin = time.perf_counter()
+    job.progress.stage("quantize and write")
+    try:
+        written = backend.emit(graph, path, metadata(job, captured), job.progress)
+    except BadWeights as e:
+        refuse_weights(job, e)
+        return False
+    job.timed("emit", begin)
+    grade(job)
+    job.artifact = ArtifactInfo(path.name, written.bytes, written.files)
+    begin = time.perf_counter()
+    job.progress.stage("evidence from the runtime")
+    weigh(job, backend.evidence(path, job.target, job.phases, list(job.ctx.ledger)))
+    job.timed("evidence", begin)
+    _compare(job, captured, path, data)
+    return True
+
+
+def refuse_weights(job: Job, error: BadWeights) -> None:
+    """A weight that holds NaN or infinity: its sites are unfused, the others were never reached."""
+    bad = [s for s in job.ctx.ledger if s.status == "fused" and s.stats.get("bad")]
+    for site in bad:
+        site.status, site.reason = "unfused", str(error)
+    fix = "repair the checkpoint, or leave the site in float with --skip"
+    for name in [s.name for s in bad] or ["?"]:
+        job.ctx.findings.append(Finding("QC301", name, str(error), "", fix))
+
+
+def _compare(job: Job, captured: Captured, path: Path, data: Any) -> None:
+    floats = sum(s.before for s in job.ctx.ledger)
+    if captured.reference is None:
+        job.notes.append("quality: there is no float model in the runtime's form to compare with")
+        return
+    if floats > COMPARE_LIMIT:
+        job.notes.append(f"quality: not compared, {floats / 2**30:.1f} GiB of float weights are over the limit")
+        return
+    job.progress.stage("float against compiled")
+    found = job.backend.quality(captured.reference, path, data)
+    if isinstance(found, str):
+        job.notes.append(f"quality: {found}")
+    else:
+        job.quality = found
+
+
+def rejection(final: Report) -> str:
+    """One sentence for a rejected report."""
+    errors = [f for f in final.findings if f.severity == "error"]
+    first = f": {errors[0]}" if errors else ""
+    more = f" (and {len(errors) - 1} more findings)" if len(errors) > 1 else ""
+    return f"rejected for {final.target}{first}{more}"

@@ -1,0 +1,38 @@
+"""The law of memory: what compiling a graph needs depends on its largest tensor, not on its size (L6)."""
+
+from __future__ import annotations
+
+from qcompiler.errors import InputError
+from qcompiler.ir import Graph
+from qcompiler.payload import Payload
+
+BASE_BYTES = 260 << 20
+"""Interpreter, NumPy and the ONNX libraries, measured once they are imported."""
+BLOCK_BYTES = 64 << 20
+"""Row blocks of the float weight that are in flight while one tensor is quantized."""
+EVIDENCE_BYTES = 500 << 20
+"""The runtime in its own process with the largest artifact that is opened whole."""
+
+
+def predicted_peak(graph: Graph) -> int:
+    """Bytes of private memory that quantizing ``graph`` needs at its peak: the law that streaming keeps (L6).
+
+    The largest tensor in codes of a byte each and packed once more, the row blocks in flight, and what the process or
+    the runtime beside it takes anyway. Mapped input pages do not count.
+    """
+    largest = max((_elements(v.payload) for g in graph.graphs() for v in g.consts.values()), default=0)
+    return BASE_BYTES + max(BLOCK_BYTES + 2 * largest, EVIDENCE_BYTES)
+
+
+def _elements(payload: Payload | None) -> int:
+    return 0 if payload is None else payload.size
+
+
+def bound(graph: Graph, limit: int) -> None:
+    """Raise InputError when compiling ``graph`` would need more private memory than ``limit`` bytes."""
+    need = predicted_peak(graph)
+    if need > limit:
+        raise InputError(
+            f"compiling needs about {need / 2**20:.0f} MiB of private memory at its peak, the bound is "
+            f"{limit / 2**20:.0f} MiB; raise --max-ram"
+        )
