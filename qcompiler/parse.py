@@ -20,7 +20,7 @@ _TOKEN = re.compile(
     | (?P<string>"(?:[^"\\]|\\.)*")
     | (?P<scheme><[^<>\n]*>)
     | (?P<rand>rand:\d+)
-    | (?P<number>-?(?:inf\b|\d+(?:\.\d*)?(?:[eE][+-]?\d+)?))
+    | (?P<number>-inf\b|-?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)
     | (?P<word>[A-Za-z_][\w.]*)
     | (?P<punct>[\[\](){},=:?*$@])
     | (?P<end>\Z)
