@@ -8,7 +8,6 @@ Graphs are no attributes but regions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import onnx
@@ -150,19 +149,3 @@ def _to_proto(kind: int, value: Attr, where: str) -> Any:
             return from_text(value.text, onnx.TypeProto())
         return type_to_onnx(value, where)
     return float(value) if kind == _A.FLOAT else int(value)
-
-
-def pairs(entries: Any) -> tuple[tuple[str, str], ...]:
-    """A metadata_props field as pairs."""
-    return tuple((e.key, e.value) for e in entries)
-
-
-def put_pairs(entries: Any, found: Attr) -> None:
-    """Inverse of :func:`pairs`."""
-    for key, value in found or ():
-        entries.add(key=key, value=value)
-
-
-def as_dict(found: Attr) -> Mapping[str, str]:
-    """Pairs as a mapping; the last of a repeated key counts."""
-    return dict(found or ())

@@ -10,14 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
 
 from qcompiler.backends.onnx import wire
-from qcompiler.backends.onnx.attributes import TYPE, as_dict, attribute_proto, put_pairs
-from qcompiler.backends.onnx.provenance import extra_metadata
+from qcompiler.backends.onnx.attributes import TYPE, attribute_proto
+from qcompiler.backends.onnx.provenance import as_dict, extra_metadata, put_notes, put_pairs
 from qcompiler.backends.onnx.storage import (
     EXTERNAL_OVER,
     INLINE_BELOW,
@@ -207,7 +206,7 @@ class _Encoder:
         """GraphProto of ``graph``, whose enclosing graphs use the names ``taken``."""
         own = self.name_values(graph, taken)
         proto = onnx.GraphProto(name=graph.name)
-        _put_notes(proto, graph.meta)
+        put_notes(proto, graph.meta)
         for value in graph.inputs:
             self.value_info(proto.input.add(), value)
         for value in graph.outputs:
@@ -244,7 +243,7 @@ class _Encoder:
         self.least_ir = max(self.least_ir, 4, SINCE_IR.get(payload.dtype.name, 0))
         notes = onnx.TensorProto()
         if value.is_const:
-            _put_notes(notes, value.meta)
+            put_notes(notes, value.meta)
         if self.data is None or payload.dtype.kind == "string" or payload.nbytes < INLINE_BELOW:
             rope = inline_tensor(name, payload)
         else:
@@ -259,7 +258,7 @@ class _Encoder:
         if not proto.type.ByteSize():
             proto.ClearField("type")
         if not value.is_const:
-            _put_notes(proto, value.meta)
+            put_notes(proto, value.meta)
 
     # -- nodes -----------------------------------------------------------------------------------------------
 
@@ -292,7 +291,7 @@ class _Encoder:
     def node(self, op: Op, proto: onnx.NodeProto, taken: set[str]) -> wire.Rope:
         where = f"{op.name} '{op.label}'"
         proto.name = op.loc.name
-        _put_notes(proto, op.meta)
+        put_notes(proto, op.meta)
         for key, value in extra_metadata(op.loc, proto.op_type, as_dict(op.meta.get("metadata_props"))).items():
             proto.metadata_props.add(key=key, value=value)
         if "overload" in op.meta:
@@ -303,7 +302,8 @@ class _Encoder:
         for name, value in op.attrs.items():
             if value is not None:
                 attribute = attribute_proto(name, value, where)
-                attribute.doc_string = docs.get(name, "")
+                if name in docs:
+                    attribute.doc_string = docs[name]
                 proto.attribute.append(attribute)
         rope = wire.Rope(proto.SerializeToString())
         lists: dict[str, list[Graph]] = {}
@@ -318,7 +318,7 @@ class _Encoder:
 
     def graph_attribute(self, name: str, regions: list[Graph], doc: str, taken: set[str], *, single: bool) -> wire.Rope:
         kind = onnx.AttributeProto.GRAPH if single else onnx.AttributeProto.GRAPHS
-        rope = wire.Rope(onnx.AttributeProto(name=name, type=kind, doc_string=doc).SerializeToString())
+        rope = wire.Rope(onnx.AttributeProto(name=name, type=kind, doc_string=doc or None).SerializeToString())
         for region in regions:
             rope.message(6 if single else 11, self.graph(region, taken))
         return rope
@@ -330,12 +330,6 @@ def _values(graph: Graph) -> Iterator[Value]:
     yield from graph.consts.values()
     for op in graph:
         yield from op.results
-
-
-def _put_notes(proto: Any, meta: Mapping[str, Any]) -> None:
-    if "doc_string" in meta:
-        proto.doc_string = meta["doc_string"]
-    put_pairs(proto.metadata_props, meta.get("metadata_props"))
 
 
 def _stated_type(value: Value) -> onnx.TypeProto:

@@ -14,12 +14,10 @@ Before IR version 4 every initializer also had to be an input; those are constan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from qcompiler.backends.onnx.attributes import (
@@ -27,22 +25,19 @@ from qcompiler.backends.onnx.attributes import (
     GRAPHS,
     SPARSE,
     TYPE,
-    as_dict,
     attr_of,
     attribute_type,
-    pairs,
 )
-from qcompiler.backends.onnx.provenance import location
+from qcompiler.backends.onnx.constants import constant_of
+from qcompiler.backends.onnx.provenance import as_dict, location, node_notes, notes_of, pairs
 from qcompiler.backends.onnx.source import infer_types, read_model
 from qcompiler.backends.onnx.tensors import Origin, payload_of
-from qcompiler.backends.onnx.typemap import merged, sane, to_text, type_from_onnx, type_to_onnx
+from qcompiler.backends.onnx.typemap import DEFAULT_DOMAINS, merged, sane, to_text, type_from_onnx, type_to_onnx
 from qcompiler.backends.onnx.wiring import Wiring, defined_names, subgraphs
-from qcompiler.dtypes import STRING
 from qcompiler.errors import InputError
 from qcompiler.ir import UNKNOWN, Atom, Attr, Graph, Op, Type, Value
-from qcompiler.payload import ArrayPayload, Payload, constant
+from qcompiler.payload import Payload
 
-DEFAULT_DOMAINS = ("", "ai.onnx")
 _MODEL_FIELDS = ("producer_name", "producer_version", "domain", "model_version")
 
 
@@ -80,16 +75,6 @@ def _model_meta(model: onnx.ModelProto) -> dict[str, Attr]:
     for name in ("training_info", "configuration"):
         if found := getattr(model, name, ()):
             meta[name] = tuple(m.SerializeToString() for m in found)
-    return meta
-
-
-def _notes(proto: Any) -> dict[str, Attr]:
-    """The doc string and metadata of any message that has them."""
-    meta: dict[str, Attr] = {}
-    if proto.doc_string:
-        meta["doc_string"] = proto.doc_string
-    if proto.metadata_props:
-        meta["metadata_props"] = pairs(proto.metadata_props)
     return meta
 
 
@@ -157,7 +142,7 @@ class _Loader:
     def fill(self, graph: Graph, protos: _Protos, outer: _Scope | None) -> None:
         proto = protos.graph
         graph.name = proto.name
-        graph.meta.update(_notes(proto))
+        graph.meta.update(notes_of(proto))
         if proto.quantization_annotation:
             graph.meta["quantization_annotation"] = tuple(a.SerializeToString() for a in proto.quantization_annotation)
         wiring = Wiring(proto, self.origin.label)
@@ -187,23 +172,30 @@ class _Loader:
                 default = payload_of(tensors[info.name], self.origin)
             type, stated = _stated(info.type)
             value = graph.add_input(name, sane(type), default)
-            value.meta = meta | _notes(info)
+            value.meta = meta | notes_of(info)
             if stated is not None or sane(type) != type:
                 value.meta["declared"] = stated or type
             scope.values[info.name] = value
         for tensor in proto.initializer:
             if tensor.name not in defaults:
-                notes = _notes(tensor) or (
-                    _notes(protos.declared[tensor.name]) if tensor.name in protos.declared else {}
-                )
-                self.constant(graph, tensor.name, payload_of(tensor, self.origin), notes, scope)
+                payload = payload_of(tensor, self.origin)
+                self.constant(graph, tensor.name, payload, notes_of(tensor), protos, scope)
         for sparse in proto.sparse_initializer:
             self.sparse(graph, sparse, scope)
 
-    def constant(self, graph: Graph, name: str, payload: Payload, meta: Mapping[str, Attr], scope: _Scope) -> None:
+    def constant(
+        self,
+        graph: Graph,
+        name: str,
+        payload: Payload,
+        meta: dict[str, Attr],
+        protos: _Protos,
+        scope: _Scope,
+    ) -> None:
         used, own = self.name(name, scope)
         value = graph.add_const(used, payload)
-        value.meta = own | dict(meta)
+        info = protos.declared.get(name)
+        value.meta = own | (notes_of(info) if info is not None else {}) | meta
         scope.values[name] = value
 
     def sparse(self, graph: Graph, tensor: onnx.SparseTensorProto, scope: _Scope) -> None:
@@ -231,7 +223,9 @@ class _Loader:
         scope: _Scope,
     ) -> None:
         where = f"{self.origin.label}: node '{node.name or wired.op}'"
-        if self.lift_constant(graph, node, scope, where):
+        if (payload := constant_of(node, self.origin, where)) is not None:
+            meta = node_notes(node) | ({"node": node.name} if node.name else {})
+            self.constant(graph, node.output[0], payload, meta, protos, scope)
             return
         operands = [self.operand(t.name, scope, where) for t in wired.inputs]
         results: list[tuple[str, Type]] = []
@@ -248,7 +242,7 @@ class _Loader:
         metadata = pairs(node.metadata_props)
         loc = location(node.name, node.op_type, as_dict(metadata))
         op = graph.create(_op_name(node, where), operands, {}, results, loc=loc)
-        op.meta = _node_meta(node)
+        op.meta = node_notes(node)
         for value, tensor, meta in zip(op.results, wired.outputs, metas, strict=True):
             value.meta = meta
             if tensor.name:
@@ -271,7 +265,7 @@ class _Loader:
             return known, {}
         type, stated = _stated(info.type)
         best = merged(sane(type), known)
-        return best, {"declared": stated or (True if best == type else type)} | _notes(info)
+        return best, {"declared": stated or (True if best == type else type)} | notes_of(info)
 
     def attributes(self, op: Op, node: onnx.NodeProto, typed: onnx.NodeProto, scope: _Scope, where: str) -> None:
         docs = []
@@ -294,42 +288,6 @@ class _Loader:
         if docs:
             op.meta["attribute_docs"] = tuple(docs)
 
-    def lift_constant(self, graph: Graph, node: onnx.NodeProto, scope: _Scope, where: str) -> bool:
-        """Make a ``Constant`` node a constant of the graph; False when it is none, or a sparse one."""
-        if node.op_type != "Constant" or node.domain not in DEFAULT_DOMAINS:
-            return False
-        if len(node.attribute) != 1 or len(node.output) != 1 or not node.output[0] or node.attribute[0].ref_attr_name:
-            return False
-        attribute = node.attribute[0]
-        match attribute.name:
-            case "value":
-                payload = payload_of(attribute.t, self.origin, node.output[0])
-            case "value_float":
-                payload = constant(np.float32(attribute.f))
-            case "value_floats":
-                payload = constant(np.array(attribute.floats, np.float32))
-            case "value_int":
-                payload = constant(np.int64(attribute.i))
-            case "value_ints":
-                payload = constant(np.array(attribute.ints, np.int64))
-            case "value_string" | "value_strings":
-                payload = _strings(attr_of(attribute, self.origin, where))
-            case _:
-                return False
-        meta = _node_meta(node)
-        if node.name:
-            meta["node"] = node.name
-        self.constant(graph, node.output[0], payload, meta, scope)
-        return True
-
-
-def _strings(value: Attr) -> ArrayPayload:
-    several = not isinstance(value, str | bytes)
-    found = () if isinstance(value, Atom) else value if several else (value,)
-    array = np.empty(len(found), object)
-    array[:] = list(found)
-    return ArrayPayload(array if several else array.reshape(()), STRING)
-
 
 def _stated(proto: onnx.TypeProto) -> tuple[Type, Atom | None]:
     """The type in the file, and its exact text where the IR's type says less (denotations)."""
@@ -344,12 +302,3 @@ def _op_name(node: onnx.NodeProto, where: str) -> str:
     if node.domain in ("onnx", "q") or "." in node.op_type or not node.op_type:
         raise InputError(f"{where}: qcompiler cannot name operator '{node.op_type}' of domain '{node.domain}'")
     return f"{domain}.{node.op_type}"
-
-
-def _node_meta(node: onnx.NodeProto) -> dict[str, Attr]:
-    meta = _notes(node)
-    if node.overload:
-        meta["overload"] = node.overload
-    if found := getattr(node, "device_configurations", ()):
-        meta["device_configurations"] = tuple(c.SerializeToString() for c in found)
-    return meta

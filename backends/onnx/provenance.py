@@ -11,8 +11,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
+from typing import Any
 
-from qcompiler.ir import Loc
+import onnx
+
+from qcompiler.ir import Attr, Loc
 
 SCOPE, SOURCE = "qcompiler.scope", "qcompiler.source"
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+)')
@@ -72,3 +75,46 @@ def extra_metadata(loc: Loc, op_type: str, metadata: Mapping[str, str]) -> dict[
     if loc.source != found.source:
         extra[SOURCE] = loc.source
     return extra
+
+
+def pairs(entries: Any) -> tuple[tuple[str, str], ...]:
+    """A metadata_props field as pairs."""
+    return tuple((e.key, e.value) for e in entries)
+
+
+def put_pairs(entries: Any, found: Attr) -> None:
+    """Inverse of :func:`pairs`."""
+    for key, value in found or ():
+        entries.add(key=key, value=value)
+
+
+def as_dict(found: Attr) -> Mapping[str, str]:
+    """Pairs as a mapping; the last of a repeated key counts."""
+    return dict(found or ())
+
+
+def notes_of(proto: Any) -> dict[str, Attr]:
+    """The doc string and metadata of any message that has them."""
+    meta: dict[str, Attr] = {}
+    if proto.doc_string:
+        meta["doc_string"] = proto.doc_string
+    if proto.metadata_props:
+        meta["metadata_props"] = pairs(proto.metadata_props)
+    return meta
+
+
+def put_notes(proto: Any, meta: Mapping[str, Attr]) -> None:
+    """Inverse of :func:`notes_of`."""
+    if "doc_string" in meta:
+        proto.doc_string = meta["doc_string"]
+    put_pairs(proto.metadata_props, meta.get("metadata_props"))
+
+
+def node_notes(node: onnx.NodeProto) -> dict[str, Attr]:
+    """What a node has besides its operator, wires and attributes."""
+    meta = notes_of(node)
+    if node.overload:
+        meta["overload"] = node.overload
+    if found := getattr(node, "device_configurations", ()):
+        meta["device_configurations"] = tuple(c.SerializeToString() for c in found)
+    return meta

@@ -14,6 +14,8 @@ from qcompiler.ir import UNKNOWN, Dim, OpaqueType, TensorType, Type
 
 _P = onnx.TensorProto
 _M = TypeVar("_M")
+DEFAULT_DOMAINS = ("", "ai.onnx")
+"""The two names of the domain of ONNX's own operators."""
 _NAMES = {
     "FLOAT": "f32",
     "UINT8": "uint8",
