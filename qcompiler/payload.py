@@ -225,12 +225,10 @@ class Computation:
             self._kept = {i: a for i, a in enumerate(arrays) if i != largest}
             return arrays[index]
 
-    def release(self) -> None:  # noqa: B027  # most payloads cache nothing
-        """Forget kept results, those of the computations this one reads included."""
+    def release(self) -> None:
+        """Forget kept results; those of the computations that this one reads may still be wanted by others."""
         with self._lock:
             self._kept = {}
-        for payload in self.inputs:
-            payload.release()
 
 
 @dataclass(eq=False)
@@ -252,7 +250,10 @@ class ComputedPayload(Payload):
         return out
 
     def release(self) -> None:
+        """Forget kept results, those of the computations behind this one included."""
         self.computation.release()
+        for payload in self.computation.inputs:
+            payload.release()
 
     def ref(self) -> str | None:
         sources = ", ".join(p.ref() or f"{p.dtype}{list(p.shape)}" for p in self.computation.inputs)

@@ -168,14 +168,18 @@ class Target:
         return None
 
     def why_not(self, request: Request, phases: Sequence[Phase] = PHASES) -> list[Reason]:
-        """Empty when some kernel serves ``request`` in every phase, else the reasons of the nearest row."""
+        """Empty when some kernel serves ``request`` in every phase, else the reasons of the nearest row.
+
+        Rows that take the codes at all are nearer than rows that do not; then the one with the fewest reasons.
+        """
         if self.choose(request, phases) is not None:
             return []
         rows = self.rows_for(request.op)
         if not rows:
             known = ", ".join(sorted({r.op for r in self.rows})) or "nothing"
             return [Reason("QC201", f"target {self} has no kernel for {request.op}; it has {known}", "skip the site")]
-        return min((self._row_reasons(r, request, phases) for r in rows), key=len)
+        own = [r for r in rows if request.scheme.dtype.name in r.codes] or rows
+        return min((self._row_reasons(r, request, phases) for r in own), key=len)
 
     def declined(self, request: Request, phases: Sequence[Phase] = PHASES) -> dict[str, list[Reason]]:
         """Row name -> why it declines, for every row of that op which does."""

@@ -26,7 +26,7 @@ from qcompiler.target import KernelRow, Target
 LINEAR_ENTRY = "qcompiler.backends.onnx.lower:matmul_nbits"
 LINEAR_LAYOUT = "qcompiler.backends.onnx.layouts:blocks"
 TABLE_ENTRY = "qcompiler.backends.onnx.lower:gather_block_quantized"
-TABLE_LAYOUT = "qcompiler.backends.onnx.layouts:table"
+TABLE_LAYOUT = "qcompiler.backends.onnx.layouts:rows"
 
 _ANY = frozenset({"tensor", "channel", "group"})
 _INTEGER_ZEROS = frozenset({"none", "int"})
@@ -62,6 +62,7 @@ def _table(name: str, **more: Any) -> KernelRow:
         layout=TABLE_LAYOUT,
         numerics="exact: (code - zero) * scale of the gathered rows only",
         bias=False,
+        note="table [V, bytes], or [V, blocks, bytes] where a MatMulNBits reads it too; ids out of range give zeros",
         **more,
     )
 
