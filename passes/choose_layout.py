@@ -11,7 +11,7 @@ from qcompiler.dtypes import F32
 from qcompiler.errors import RecipeError
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.pipeline import Context, Pass
-from qcompiler.rewrite import erase_dead
+from qcompiler.rewrite import erase_dead, take_name
 from qcompiler.target import Choice, Request, Target
 
 Entry = Callable[[Op, Choice], Value]
@@ -51,8 +51,10 @@ class ChooseLayout(Pass):
             if choice is None:
                 continue
             new = entry_point(choice)(op, choice)
-            op.result.replace_uses(new)
+            old = op.result
+            old.replace_uses(new)
             erase_dead(op)
+            take_name(old, new, [o for o in [new.owner] if o is not None])
             if site is not None:
                 site.status, site.kernel = "fused", choice.kernels()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from qcompiler.clipping import Clip
 from qcompiler.errors import InputError, RecipeError
 from qcompiler.ir import Graph, Loc, Op, TensorType, Use, Value
 from qcompiler.pipeline import Context, Pass
@@ -15,7 +16,7 @@ from qcompiler.scheme import Scheme
 from qcompiler.sites import Ledger, Site, matches
 from qcompiler.spec import is_float_const
 from qcompiler.views import EmbeddingView, LinearView, as_embedding, as_linear, kind_of, through_transposes
-from qcompiler.weights import Clip, WeightQuantization
+from qcompiler.weights import WeightQuantization
 
 QUANTIZED_OPS = re.compile(
     r"q\.|.*(QuantizeLinear|DequantizeLinear|QLinear\w+|MatMulInteger\w*|DynamicQuantize\w+|MatMulNBits|MatMulBnb4"

@@ -183,15 +183,24 @@ def rewrite(
                 raise StructureError(f"rules do not come to an end: {r.name} fired on {op.name} '{op.label}' again")
             neighbours = [u for res in op.results for u in res.users]
             sources = [v.owner for v in op.operands if v is not None and v.owner is not None]
-            for old, new in zip(op.results, [out] if isinstance(out, Value) else out, strict=True):
+            pairs = list(zip(op.results, [out] if isinstance(out, Value) else out, strict=True))
+            for old, new in pairs:
                 old.replace_uses(new)
             erase_dead(op)
+            for old, new in pairs:
+                take_name(old, new, rw.made)
             for near in (*rw.made, *neighbours, *sources, *rw.touched):
                 push(near)
             break
     if log is not None:
         log.extend(entry for op, entries in refusals.items() if not op.erased for entry in entries)
     return fired
+
+
+def take_name(old: Value, new: Value, made: Iterable[Op]) -> None:
+    """A new value takes the name of the one that it replaced and that is gone: outputs keep their names."""
+    if old.owner is not None and old.owner.erased and new.owner in made and new.graph is old.graph:
+        new.graph.rename(new, old.name)
 
 
 def _refusal(r: Rule, op: Op, reason: Reason) -> Refusal:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
+from qcompiler.clipping import Clip
 from qcompiler.dtypes import Array
 from qcompiler.errors import BadWeights, InputError
 from qcompiler.payload import Computation, ComputedPayload, Payload
-from qcompiler.rtn import rtn
+from qcompiler.rtn import quantize_weight
 from qcompiler.scheme import Scheme
 from qcompiler.spec import scale_shape
-
-Clip = Literal["absmax", "mse"]
 
 
 class WeightQuantization(Computation):
@@ -36,7 +34,7 @@ class WeightQuantization(Computation):
 
     def _quantize(self, weight: Payload) -> Sequence[Array]:
         try:
-            out = rtn(weight, self.scheme, clip=self.clip, transpose=self.flip)
+            out = quantize_weight(weight, self.scheme, clip=self.clip, transpose=self.flip)
         except BadWeights:
             self.stats["bad"] = True
             raise

@@ -10,8 +10,6 @@ from typing import Any
 from qcompiler.backends.base import Backend, Captured, Judged, Progress, Written
 from qcompiler.backends.onnx import capture as capturing, kernels
 from qcompiler.backends.onnx.emit import emit_onnx
-from qcompiler.backends.onnx.evidence import OrtEvidence, verify_file
-from qcompiler.backends.onnx.judge import judge_graph, sites_of
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
 from qcompiler.report.model import Quality
@@ -48,9 +46,13 @@ class OrtBackend(Backend):
         return capturing.capture(source, args, dynamic_shapes, progress)
 
     def judge(self, graph: Graph, target: Target, phases: Sequence[Phase]) -> list[Finding]:
+        from qcompiler.backends.onnx.judge import judge_graph
+
         return judge_graph(graph, target, phases)
 
     def stored(self, graph: Graph) -> dict[str, dict[str, int]]:
+        from qcompiler.backends.onnx.judge import sites_of
+
         return {site.name: site.bytes for site in sites_of(graph)}
 
     def emit(self, graph: Graph, path: Path, metadata: Mapping[str, str], progress: Progress) -> Written:
@@ -59,9 +61,13 @@ class OrtBackend(Backend):
         return Written(names, info.nbytes + info.data_nbytes)
 
     def evidence(self, path: Path, target: Target, phases: Sequence[Phase], sites: Sequence[Site]) -> EvidenceResult:
+        from qcompiler.backends.onnx.evidence import OrtEvidence
+
         return OrtEvidence(target, phases).collect(path)
 
     def verify(self, path: Path, target: Target, phases: Sequence[Phase], *, run: bool) -> Judged:
+        from qcompiler.backends.onnx.evidence import verify_file
+
         sites, findings, evidence = verify_file(path, target, phases, run)
         return Judged(sites, findings, evidence)
 

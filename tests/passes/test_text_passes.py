@@ -1,0 +1,39 @@
+"""Passes, text in and text out: ``cases/NAME.qir`` names its recipe, ``golden/passes/NAME.qir`` is what comes out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qcompiler import recipe
+from qcompiler.backends.onnx import kernels
+from qcompiler.parse import parse
+from qcompiler.pipeline import Context, run
+from qcompiler.spec import check
+from qcompiler.text import show
+from tests.support import Golden
+
+CASES = sorted((Path(__file__).parent / "cases").glob("*.qir"))
+
+
+def header(text: str, key: str) -> str | None:
+    found = re.search(rf"^# {key}: (.*)$", text, re.MULTILINE)
+    return None if found is None else found[1]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda p: p.stem)
+def test_case(case: Path, golden: Golden) -> None:
+    text = case.read_text()
+    target, steps = header(text, "target"), header(text, "recipe")
+    assert steps is not None
+    graph = parse(text)
+    ctx = Context(None if target is None else kernels.target(target))
+    run(graph, recipe.parse_line(steps).passes, ctx)
+    check(graph)
+    out = show(graph)
+    assert show(parse(out)) == out
+    sites = [f"# site {s.name}: {s.op} {s.n}x{s.k} <{s.scheme}> {s.status} {s.reason or ''}".rstrip() for s in ctx.ledger]
+    refusals = [f"# refused {r.rule} {r.site or r.op}: {r.reason.code} {r.reason.message}".rstrip() for r in ctx.refusals]
+    golden(f"passes/{case.name}", "\n".join([*sites, *refusals, out]))
