@@ -152,9 +152,6 @@ class InsertQdq(Pass):
         payload = f.weight.payload
         before = 0 if payload is None else payload.nbytes
         site = Site(f.name, f.kind, n, k, before, "" if scheme is None else scheme.text)
-        first = next((s for s in ledger if s.weight is f.weight), None)
-        if first is not None:
-            site.tied_to = first.name
         site.weight = f.weight
         return ledger.add(site).name
 

@@ -48,6 +48,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._sites: dict[str, Site] = {}
+        self._by_weight: dict[Any, Site] = {}
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self._sites.values())
@@ -62,11 +63,15 @@ class Ledger:
         return self._sites[name]
 
     def add(self, site: Site) -> Site:
-        """Record a site under its name, made unique with ``#2`` where two sites share one."""
+        """Record a site under its name, made unique with ``#2`` where two sites share one, tied to an earlier site
+        that has the same weight."""
         name, n = site.name, 1
         while site.name in self._sites:
             site.name = f"{name}#{(n := n + 1)}"
         self._sites[site.name] = site
+        if site.weight is not None:
+            first = self._by_weight.setdefault(site.weight, site)
+            site.tied_to = None if first is site else first.name
         return site
 
     def skip(self, name: str, reason: str) -> None:
