@@ -13,6 +13,17 @@ class InputError(Error):
     """The model, file or argument is at fault (exit status 2)."""
 
 
+class BadWeights(InputError):
+    """Weights hold NaN or infinity, ``count`` of them; the Python interface reports it as finding QC301."""
+
+    def __init__(self, count: int, total: int, where: str = "the weights") -> None:
+        super().__init__(
+            f"{where}: {count} of {total} values are NaN or infinite and have no code; "
+            "repair the model, or skip this site"
+        )
+        self.count, self.total = count, total
+
+
 class RecipeError(Error):
     """The recipe is at fault: unknown pass, unknown key, a glob that matched nothing (exit status 2)."""
 
