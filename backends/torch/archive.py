@@ -26,6 +26,7 @@ from qcompiler.errors import InputError
 from qcompiler.payload import FilePayload, Payload
 
 _PICKLES = (".pt", ".pkl", ".pickle")
+_QUOTED = re.compile(r"'[\w.+\-]*'")
 _WORD = re.compile(r"[A-Za-z_]\w*(?=\s*\()")
 _EXPRESSION = re.compile(r"[\w\s+\-*/%().,<>=!&|~]*\Z")
 
@@ -63,7 +64,9 @@ def _load(path: Path, source: Path | io.BytesIO) -> ExportedProgram:
         with quietly():
             program = torch.export.load(source)
     except Exception as e:
-        raise InputError(f"{path.name} cannot be loaded as an exported program: {sentence_of(e)}") from e
+        # torch puts the cause into its log only and says that it ran into an error.
+        told = "it failed to deserialize the program" if "warnings above" in str(e) else sentence_of(e)
+        raise InputError(f"torch {torch.__version__} cannot read {path.name}: {told}") from e
     # Guards are kept as code and evaluated when a module is made; sizes are checked otherwise here.
     program._guards_code = []
     return program
@@ -129,7 +132,10 @@ def _check_expressions(tree: Any, path: Path) -> None:
 
 
 def _is_arithmetic(text: Any) -> bool:
-    if not isinstance(text, str) or not _EXPRESSION.match(text) or "__" in text:
+    if not isinstance(text, str):
+        return False
+    text = _QUOTED.sub("0", text)  # Symbol('s72', positive=True), Float('0.5', precision=53)
+    if "__" in text or not _EXPRESSION.match(text):
         return False
     # Names that are called are classes of sympy (Mod, FloorDiv, Max) or two of its functions.
     return all(word[0].isupper() or word in ("floor", "ceiling") for word in _WORD.findall(text))

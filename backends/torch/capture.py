@@ -379,5 +379,7 @@ def _picked(user: fx.Node, source: fx.Node) -> int | None:
 def _loc(node: fx.Node) -> Loc:
     stack = node.meta.get("nn_module_stack") or {}
     scope = next((str(path) for path, _ in reversed(list(stack.values()))), "")
+    if scope.startswith("_empty_nn_module_stack"):
+        scope = ""
     # The second call of one module is told apart as `path@1`.
     return Loc(node.name, re.sub(r"@\d+", "", scope), source_line(node.meta.get("stack_trace") or ""))
