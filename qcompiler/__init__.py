@@ -1,1 +1,70 @@
-"""A quantization compiler: a model goes in, fused low-bit kernels come out, and what is left unfused is refused."""
+"""A quantization compiler: a model goes in, fused low-bit kernels come out, and what is left unfused is refused.
+
+``compile``, ``verify``, ``plan`` and the errors are loaded when they are first asked for, so importing this costs
+milliseconds and loads neither torch nor onnx. ``qcompiler.verify`` is also a package (``qcompiler.verify.findings``);
+it is one object that can be called and imported from.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcompiler.api import Artifact, compile, plan, verify
+    from qcompiler.errors import CalibrationError, Error, InputError, RecipeError, RejectedError
+    from qcompiler.planning import Plan
+    from qcompiler.report.model import Report
+else:
+    from types import ModuleType
+
+    from qcompiler import verify
+
+    class _CallablePackage(ModuleType):
+        """The package ``qcompiler.verify``, called as :func:`qcompiler.api.verify`."""
+
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            return _load("verify")(*args, **options)
+
+    verify.__class__ = _CallablePackage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "CalibrationError",
+    "Error",
+    "InputError",
+    "Plan",
+    "RecipeError",
+    "RejectedError",
+    "Report",
+    "__version__",
+    "compile",
+    "plan",
+    "verify",
+]
+
+_HOMES = {
+    **dict.fromkeys(("Artifact", "compile", "plan", "verify"), "qcompiler.api"),
+    **dict.fromkeys(("CalibrationError", "Error", "InputError", "RecipeError", "RejectedError"), "qcompiler.errors"),
+    "Plan": "qcompiler.planning",
+    "Report": "qcompiler.report.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, loaded from where it is defined and kept."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qcompiler' has no attribute {name!r}")
+    value = globals()[name] = _load(name)
+    return value
+
+
+def _load(name: str) -> Any:
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

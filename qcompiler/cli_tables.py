@@ -1,0 +1,138 @@
+"""What the command line prints besides reports: plans, graphs, targets, kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcompiler.fileio import Staged
+from qcompiler.report.html import page
+from qcompiler.report.terminal import console, finding_text, print_report, site_table, table
+from qcompiler.report.words import NONE, bytes_text, finding_groups, human_bytes
+from qcompiler.sites import Site, Status
+from qcompiler.target import KernelRow
+from qcompiler.text import show_type
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from qcompiler.api import Inspection, TargetInfo
+    from qcompiler.ir import Graph
+    from qcompiler.planning import Plan, PlannedSite
+
+
+def _print(parts: Iterable[RenderableType]) -> None:
+    to = console()
+    for part in parts:
+        to.print(part)
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan as a table, then why the kernels that were not chosen decline."""
+    _print(plan_parts(plan, console().width))
+
+
+def plan_parts(plan: Plan, width: int) -> list[RenderableType]:
+    from rich.text import Text
+
+    sites = list(map(_as_site, plan.sites))
+    parts: list[RenderableType] = [site_table(sites, plan.target, width, noise=False)]
+    before = sum(s.before for s in sites)
+    after = sum(sum(s.bytes.values()) or s.before for s in sites)
+    counts = Counter(s.status for s in sites)
+    sums = ", ".join(f"{counts[status]} {status}" for status in ("fused", "skipped", "unfused"))
+    lines = ["", f"{len(sites)} sites: {sums}; weights {bytes_text(before, after)}"]
+    lines += [f"predicted peak memory {human_bytes(plan.peak_bytes)}"]
+    parts += map(Text, lines + declined_lines(plan))
+    if plan.findings:
+        parts += [Text(""), *(finding_text(group) for group in finding_groups(plan.findings))]
+    verdict = "accepted" if plan.accepted else "rejected"
+    parts.append(Text(f"\nverdict before any weight is read: {verdict}"))
+    return parts
+
+
+def _as_site(s: PlannedSite) -> Site:
+    status: Status = "fused" if s.status == "fused" else "skipped" if s.status == "skipped" else "unfused"
+    return Site(s.name, s.op, s.n, s.k, s.before, s.scheme, status, s.reason, s.kernel, "planned", s.bytes)
+
+
+def declined_lines(plan: Plan) -> list[str]:
+    """Each kernel that was not chosen, with its reasons and for how many sites they hold."""
+    reasons: Counter[tuple[str, str]] = Counter()
+    for site in plan.sites:
+        for kernel, why in site.declined.items():
+            reasons[kernel, "; ".join(why)] += 1
+    lines = [f"  {kernel}: {why} ({count} sites)" for (kernel, why), count in reasons.items()]
+    return ["", "kernels that were not chosen:", *lines] if lines else []
+
+
+def print_inspection(name: str, found: Inspection) -> None:
+    """The graph in short, then what the kernel rows alone say of its sites."""
+    _print(graph_parts(name, found.graph, console().width))
+    if found.report.sites or found.report.findings:
+        _print([""])
+        print_report(found.report)
+
+
+def graph_parts(name: str, graph: Graph, width: int) -> list[RenderableType]:
+    from rich.text import Text
+
+    counts = Counter(op.name for op in graph.walk())
+    held = Counter[str]()
+    for g in graph.graphs():
+        for v in g.consts.values():
+            if v.payload is not None:
+                held[v.payload.dtype.name] += v.payload.nbytes
+    kinds = ", ".join(f"{dtype} {human_bytes(size)}" for dtype, size in held.most_common() if size)
+    lines = [f"{name}: {sum(counts.values())} ops, constants of {human_bytes(sum(held.values()))} ({kinds})"]
+    lines += [f"input  {v.name} : {show_type(v.type)}" for v in graph.inputs]
+    lines += [f"output {v.name} : {show_type(v.type)}" for v in graph.outputs]
+    rows = [(op, str(count)) for op, count in counts.most_common()]
+    return [*map(Text, lines), Text(""), table(("op", "count"), rows, width=width, right=("count",))]
+
+
+def write_page(out: Path, name: str, found: Inspection) -> None:
+    """Write the HTML page of an inspected file, whole or not at all."""
+    with Staged(out) as staged:
+        staged.main.write_text(page(name, found.report, found.graph), encoding="utf-8")
+        staged.commit()
+
+
+def print_targets(found: Sequence[TargetInfo]) -> None:
+    rows = [(t.name, ", ".join(t.arch), "yes" if t.available else "no", t.note) for t in found]
+    _print([table(("target", "such as", "runs here", "note"), rows, width=console().width, keep=("target",))])
+
+
+def target_json(info: TargetInfo) -> dict[str, Any]:
+    return asdict(info)
+
+
+def print_kernels(rows: Sequence[KernelRow]) -> None:
+    columns = ("kernel", "op", "codes", "scales per", "groups", "zero points", "activations", "M up to", "needs")
+    _print(
+        [
+            table(
+                columns,
+                [_kernel_cells(r) for r in rows],
+                width=console().width,
+                right=("M up to",),
+                keep=("kernel", "op"),
+            )
+        ]
+    )
+    _print(f"{r.name}: {r.numerics}; {r.evidence}{f'; {r.note}' if r.note else ''}" for r in rows)
+
+
+def _kernel_cells(row: KernelRow) -> tuple[str, ...]:
+    words = [row.codes, row.granularities, [str(g) for g in sorted(row.groups)], row.zeros, row.activations]
+    cells = [", ".join(w if isinstance(w, list) else sorted(w)) for w in words]
+    limit = "any" if row.m_max is None else str(row.m_max)
+    return (row.name, row.op, *cells, limit, ", ".join(sorted(row.needs)) or NONE)
+
+
+def kernel_json(row: KernelRow) -> dict[str, Any]:
+    """A row as JSON values; sets become sorted lists."""
+    return {k: sorted(v) if isinstance(v, frozenset) else v for k, v in asdict(row).items()}
