@@ -203,6 +203,11 @@ def detect_features() -> frozenset[str]:
     return CHIPS["sse"] if machine in ("x86_64", "amd64") else frozenset({"unknown"})
 
 
+def chips(name: str) -> tuple[str, ...]:
+    """The architecture words that target ``name`` takes; empty for a target that is not here."""
+    return {"ort-cpu": tuple(CHIPS), "ort-cuda": tuple(f"sm_{s}" for s in SM)}.get(name, ())
+
+
 def target(spec: str) -> Target:
     """``ort-cpu`` (this machine's chip), ``ort-cpu:ARCH``, ``ort-cuda`` (sm_80 assumed), ``ort-cuda:sm_XX``.
 

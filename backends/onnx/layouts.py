@@ -103,18 +103,24 @@ def unrows(packed: Bytes, bits: int, k: int, *, signed: bool) -> Array:
     return _unpack(packed, bits, k, signed=signed)
 
 
-def spread(values: Array, n: int, count: int) -> Array:
-    """Scales or zeros ``[N or 1, G]`` to ``[N, count]``, G being ``count`` or 1: one value a block."""
+def spread(values: Array, n: int, count: int, each: int = 1) -> Array:
+    """Scales or zeros ``[N or 1, G]`` to ``[N, count]``, one value a block: each of G groups spans ``each`` blocks.
+
+    The last group may span fewer, and one group (G = 1) spans them all.
+    """
     have = tuple(values.shape)
-    if len(have) != 2 or have[0] not in (1, n) or have[1] not in (1, count):
-        raise InputError(f"scales and zeros are [{n} or 1, {count} or 1] here, not {list(have)}")
+    groups = -(-count // each)
+    if len(have) != 2 or have[0] not in (1, n) or have[1] not in (1, groups):
+        raise InputError(f"scales and zeros are [{n} or 1, {groups} or 1] here, not {list(have)}")
+    if have[1] > 1 and each > 1:
+        values = np.repeat(values, each, axis=1)[:, :count]
     return np.ascontiguousarray(np.broadcast_to(values, (n, count)))
 
 
-def unspread(values: Array, shape: tuple[int, int]) -> Array:
+def unspread(values: Array, shape: tuple[int, int], each: int = 1) -> Array:
     """Inverse of :func:`spread`; raises InputError where the repeated values differ."""
-    out = np.ascontiguousarray(values[: shape[0], : shape[1]])
-    if out.shape != shape or not np.array_equal(np.broadcast_to(out, values.shape), values):
+    out = np.ascontiguousarray(values[: shape[0], ::each][:, : shape[1]])
+    if out.shape != shape or not np.array_equal(spread(out, values.shape[0], values.shape[1], each), values):
         raise InputError(f"{list(values.shape)} block values do not come from {list(shape)}")
     return out
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcompiler.backends.onnx import layouts
-from qcompiler.backends.onnx.kernels import accuracy_level
+from qcompiler.backends.onnx.kernels import CPU_ROWS, CUDA_ROWS, accuracy_level
 from qcompiler.dtypes import INT32, INT64, UINT8, Array, DType
 from qcompiler.errors import InputError
 from qcompiler.ir import Dim, Loc, Op, TensorType, Type, Value
@@ -27,8 +27,6 @@ from qcompiler.target import Choice, KernelRow
 
 SHARED = "ort.blocks"
 """Key in a codes value's ``meta``: ``(block, name)`` of the packed constant that another kernel may read too."""
-
-_PREFERRED = (128, 64, 32, 16)
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,10 @@ class _Weight:
     def site(self) -> str:
         return str(self.op.attrs["site"])
 
+    def blocks_a_group(self, block: int) -> int:
+        """How many blocks one scale spans."""
+        return (self.scheme.group_size or block) // block
+
     @property
     def explicit_zeros(self) -> bool:
         """The kernels take the middle code for zero where none is given; unsigned symmetric codes mean 0."""
@@ -58,14 +60,15 @@ class _Weight:
 
 
 def block_size(scheme: Scheme, k: int, allowed: frozenset[int]) -> int:
-    """The kernel's block for a row of ``k``: the group; for channel and tensor the one that takes the fewest bytes.
+    """The kernel's block for a row of ``k``: the group, or a part of it where that takes fewer bytes.
 
-    Blocks over 128 are not considered there: the kernels with int8 activations quantize those a block at a time, and
-    the larger the block, the more an outlier costs its neighbours.
+    A scale that spans several blocks is repeated, which loses nothing. So the rows of channel and tensor schemes, and
+    rows shorter than their group or with a short last one, get the block of the fewest bytes, padding counted. Blocks
+    over 128 are not considered for channel and tensor: kernels with int8 activations quantize those a block at a time,
+    and the larger the block, the more an outlier costs its neighbours.
     """
-    if scheme.group_size is not None:
-        return scheme.group_size
-    sizes = [b for b in _PREFERRED if b in allowed]
+    largest = scheme.group_size or 128
+    sizes = sorted((b for b in allowed if b <= largest), reverse=True)
     return min(sizes, key=lambda b: layouts.block_count(k, b) * (b * scheme.bits + 32 + scheme.bits))
 
 
@@ -99,21 +102,27 @@ def _derived(w: _Weight, suffix: str, source: Value, fn: Callable[[Array], Array
     return _const(w, suffix, computed(suffix, lambda p: fn(p.array()), [_payload(source)], t, shape))
 
 
-def _scales(w: _Weight, count: int, *rank: int) -> Value:
+def _scales(w: _Weight, block: int, *rank: int) -> Value:
+    """Scales ``[N, blocks, *rank]``."""
+    count, each = layouts.block_count(w.k, block), w.blocks_a_group(block)
+
     def fn(s: Array) -> Array:
-        return layouts.spread(s, w.n, count).reshape(w.n, count, *rank)
+        return layouts.spread(s, w.n, count, each).reshape(w.n, count, *rank)
 
     assert w.scale.tensor.dtype is not None
     return _derived(w, "weight_scales", w.scale, fn, w.scale.tensor.dtype, w.n, count, *rank)
 
 
-def _zeros(w: _Weight, count: int, write: Callable[[Array, int], Array], *shape: int) -> Value | None:
+def _zeros(w: _Weight, block: int, write: Callable[[Array, int], Array], *shape: int) -> Value | None:
     """Zero points by ``write``; None where the kernel's own default, the middle code, is meant."""
     if not w.explicit_zeros:
         return None
+    count, each = layouts.block_count(w.k, block), w.blocks_a_group(block)
     if w.zero is None:
         return _const(w, "weight_zeros", computed("weight_zeros", lambda: np.zeros(shape, np.uint8), [], UINT8, shape))
-    return _derived(w, "weight_zeros", w.zero, lambda z: write(layouts.spread(z, w.n, count), w.bits), UINT8, *shape)
+    return _derived(
+        w, "weight_zeros", w.zero, lambda z: write(layouts.spread(z, w.n, count, each), w.bits), UINT8, *shape
+    )
 
 
 def _blocks(w: _Weight, block: int) -> Value:
@@ -161,8 +170,8 @@ def matmul_nbits(op: Op, choice: Choice) -> Value:
                 )
     block = block_size(w.scheme, w.k, row.groups)
     count = layouts.block_count(w.k, block)
-    codes, scales = _blocks(w, block), _scales(w, count)
-    zeros = _zeros(w, count, layouts.pack_zeros, w.n, -(-count * w.bits // 8))
+    codes, scales = _blocks(w, block), _scales(w, block)
+    zeros = _zeros(w, block, layouts.pack_zeros, w.n, -(-count * w.bits // 8))
     operands: list[Value | None] = [x, codes, scales, zeros, None, bias]
     while operands[-1] is None:
         operands.pop()
@@ -183,7 +192,7 @@ def gather_block_quantized(op: Op, choice: Choice) -> Value:
         raise InputError(
             f"q.embedding '{w.site}': GatherBlockQuantized takes int32 or int64 indices, not {indices.tensor.dtype}"
         )
-    lead, block = indices.tensor.shape, _tied_block(w)
+    lead, block = indices.tensor.shape, _tied_block(w, choice.row)
     if lead is None or block is None:
         value, columns = _gather_rows(w, indices, _row_block(w, choice.row))
     else:
@@ -191,12 +200,17 @@ def gather_block_quantized(op: Op, choice: Choice) -> Value:
     return value if columns == w.k else _cut(w, value, lead)
 
 
-def _tied_block(w: _Weight) -> int | None:
-    """The block in which a linear layer reads the same codes; None for a table that is not tied."""
+def _tied_block(w: _Weight, row: KernelRow) -> int | None:
+    """The block in which a linear layer reads the same codes; None for a table that is not tied.
+
+    Where that layer is not lowered yet, the first kernel of the same runtime that takes such codes is what it will get.
+    """
     if (known := w.codes.meta.get(SHARED)) is not None:
         return int(known[0])
     if any(u.name == "q.linear" for u in w.codes.users):
-        return block_size(w.scheme, w.k, frozenset(_PREFERRED))
+        rows = CUDA_ROWS if row in CUDA_ROWS else CPU_ROWS
+        taken = [r.groups for r in rows if r.op == "q.linear" and w.scheme.dtype.name in r.codes]
+        return block_size(w.scheme, w.k, taken[0])
     return None
 
 
@@ -210,16 +224,16 @@ def _gather_rows(w: _Weight, indices: Value, block: int) -> tuple[Value, int]:
     count, width = layouts.block_count(w.k, block), -(-w.k * w.bits // 8)
     columns = width * 8 // w.bits
     table = _derived(w, f"weight_q{w.bits}", w.codes, lambda c: layouts.rows(c, w.bits), UINT8, w.n, width)
-    scales = _scales(w, count)
-    zeros = _zeros(w, count, layouts.pack_zeros, w.n, -(-count * w.bits // 8))
+    scales = _scales(w, block)
+    zeros = _zeros(w, block, layouts.pack_zeros, w.n, -(-count * w.bits // 8))
     return _gather(w, [table, indices, scales, zeros], block, 1, (columns,)), columns
 
 
 def _gather_blocks(w: _Weight, indices: Value, lead: tuple[Dim, ...], block: int) -> tuple[Value, int]:
     """Lookup in a table ``[V, blocks, bytes of a block]``, joined to rows, and how many columns they have."""
     count = layouts.block_count(w.k, block)
-    table, scales = _blocks(w, block), _scales(w, count, 1)
-    zeros = _zeros(w, count, layouts.byte_zeros, w.n, count, 1)
+    table, scales = _blocks(w, block), _scales(w, block, 1)
+    zeros = _zeros(w, block, layouts.byte_zeros, w.n, count, 1)
     found = _gather(w, [table, indices, scales, zeros], block, 2, (count, block))
     if found.owner is not None:
         found.owner.meta["shares"] = table.name

@@ -60,13 +60,15 @@ def test_zeros_and_their_inverses(n: int, g: int, bits: int, signed: bool, seed:
 
 
 @FEW
-@given(st.integers(1, 40), st.integers(1, 20), st.sampled_from(["group", "channel", "tensor"]))
-def test_spread_and_its_inverse(n: int, count: int, granularity: str) -> None:
-    shape = {"group": (n, count), "channel": (n, 1), "tensor": (1, 1)}[granularity]
+@given(st.integers(1, 40), st.integers(1, 20), st.sampled_from([1, 2, 8]), st.sampled_from("GCT"))
+def test_spread_and_its_inverse(n: int, count: int, each: int, granularity: str) -> None:
+    shape = {"G": (n, -(-count // each)), "C": (n, 1), "T": (1, 1)}[granularity]
     s = np.random.default_rng(n).standard_normal(shape).astype(np.float32)
-    wide = layouts.spread(s, n, count)
+    wide = layouts.spread(s, n, count, each)
     assert wide.shape == (n, count)
-    np.testing.assert_array_equal(layouts.unspread(wide, shape), s)
+    np.testing.assert_array_equal(layouts.unspread(wide, shape, each), s)
+    at = [0 if shape[1] == 1 else b // each for b in range(count)]
+    np.testing.assert_array_equal(wide, np.broadcast_to(s[:, at], (n, count)))
 
 
 def test_unspread_refuses_what_was_not_repeated() -> None:
