@@ -1,0 +1,388 @@
+"""Static rules that know no runtime: where a dequantize is left over, how it is spelled, and which float op it feeds.
+
+They hold for every host dialect and for ``q.*``. Whoever knows which ops a runtime will fuse says so with ``absorbed``:
+those ops are passed over. A dequantize counts however it is written: by its own op, by a cast of low-bit codes followed
+by arithmetic, before or behind data movement.
+
+What is *no* fault: leaving integers for good (a dequantize of what an integer kernel made, which feeds no product and
+is not quantized again), and the dequantize of rows that were looked up before they were expanded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+
+import networkx as nx
+
+from qcompiler.ir import Graph, Op, Value
+from qcompiler.verify.findings import Finding, Severity
+
+
+def _named(dialect: str, names: str) -> frozenset[str]:
+    return frozenset(f"{dialect}.{name}" for name in names.split())
+
+
+MOVES = (
+    _named("onnx", "Transpose Reshape Slice Squeeze Unsqueeze Concat Flatten Split Identity Expand Tile Pad Dropout")
+    | _named("onnx", "Gather GatherND GatherElements DepthToSpace SpaceToDepth Cast CastLike")
+    | _named("aten", "t.default numpy_T.default transpose.int permute.default movedim.int view.default reshape.default")
+    | _named("aten", "_unsafe_view.default unsqueeze.default squeeze.dim squeeze.dims flatten.using_ints slice.Tensor")
+    | _named("aten", "select.int expand.default repeat.default cat.default split.Tensor split_with_sizes.default")
+    | _named("aten", "contiguous.default clone.default alias.default detach.default to.dtype _to_copy.default")
+    | _named("aten", "embedding.default index_select.default index.Tensor")
+)
+"""Ops that move, repeat or cast elements but compute nothing with them."""
+
+LOOKUPS = _named("onnx", "Gather GatherND GatherElements") | _named(
+    "aten", "embedding.default index_select.default index.Tensor"
+)
+CASTS = _named("onnx", "Cast CastLike") | _named("aten", "to.dtype _to_copy.default")
+ARITHMETIC = _named("onnx", "Sub Mul Div Add BitShift BitwiseAnd BitwiseOr BitwiseXor Mod Floor Where Neg")
+PRODUCTS = (
+    _named("onnx", "MatMul Gemm Conv ConvTranspose Einsum Attention RNN LSTM GRU")
+    | _named("com.microsoft", "FusedMatMul FusedGemm FusedConv NhwcFusedConv TransposeMatMul FusedMatMulActivation MoE")
+    | _named("com.microsoft", "Attention MultiHeadAttention GroupQueryAttention MatMulNBits QAttention nchwc.Conv")
+)
+_INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QAttention")
+_ORDER_KEEPERS = _named("onnx", "MaxPool ReduceMax ReduceMin Resize")
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ATEN_ARITHMETIC = _words("sub mul div add rsub neg floor_divide remainder bitwise_and bitwise_or __and__ __rshift__")
+_ATEN_PRODUCTS = _words("linear matmul mm bmm addmm baddbmm einsum convolution conv1d conv2d conv3d") | {
+    "scaled_dot_product_attention"
+}
+_FUSED_WORDS = _words("matmul gemm gather embedding conv linear_dyn")
+
+
+def base_name(op: Op) -> str:
+    """``MatMul`` of ``onnx.MatMul``, ``linear`` of ``aten.linear.default``."""
+    parts = op.name.split(".")
+    return parts[1] if parts[0] == "aten" and len(parts) > 1 else parts[-1]
+
+
+def _word(op: Op) -> str:
+    """The name in which ``dequantize`` would stand: torch ops end in an overload."""
+    return op.name.rpartition("::")[2].lower()
+
+
+def is_dequantize(op: Op) -> bool:
+    """An op that turns codes into floats, of whatever library: its name says so."""
+    word = _word(op)
+    return "dequant" in word and not any(w in word for w in _FUSED_WORDS)
+
+
+def is_quantize(op: Op) -> bool:
+    """An op that turns floats into codes."""
+    word = _word(op)
+    if "dequant" in word or "matmul" in word or "lstm" in word or "fake" in word:
+        return False
+    return "quantizelinear" in word or "quantize_" in word or word.endswith(".quantize") or "quantizebfp" in word
+
+
+def is_product(op: Op) -> bool:
+    """A matrix product, convolution, attention or recurrence: where a weight is worth keeping in few bits."""
+    return op.name in PRODUCTS or (op.name.startswith("aten.") and base_name(op) in _ATEN_PRODUCTS)
+
+
+def is_arithmetic(op: Op) -> bool:
+    return op.name in ARITHMETIC or (op.name.startswith("aten.") and base_name(op) in _ATEN_ARITHMETIC)
+
+
+def is_integer_kernel(op: Op) -> bool:
+    """A kernel that computes on codes."""
+    return any(w in op.name for w in _INTEGER_KERNELS)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """An op that computes with a value: in operand ``slot``, after the data movement of ``path``."""
+
+    op: Op
+    slot: int
+    path: tuple[Op, ...]
+
+
+def movement(graph: Graph) -> nx.DiGraph:
+    """Value -> value edges through data movement, regions included; each edge has its op."""
+    out = nx.DiGraph()
+    for op in graph.walk():
+        if op.name not in MOVES:
+            continue
+        for value in op.operands if base_name(op) in ("Concat", "cat") else op.operands[:1]:
+            for result in op.results:
+                if value is not None:
+                    out.add_edge(value, result, op=op)
+    return out
+
+
+def reached(value: Value, moves: nx.DiGraph) -> list[Reached]:
+    """The ops that compute with ``value``, directly or after data movement, in breadth-first order."""
+    paths: dict[Value, tuple[Op, ...]] = {value: ()}
+    if value in moves:
+        for a, b in nx.bfs_edges(moves, value):
+            paths[b] = (*paths[a], moves.edges[a, b]["op"])
+    out = []
+    for at, path in paths.items():
+        movers = {moves.edges[at, b]["op"] for b in moves[at]} if at in moves else set()
+        users = [use for use in at.uses if isinstance(use.user, Op) and use.user not in movers]
+        out += [Reached(use.user, use.slot, path) for use in users if isinstance(use.user, Op)]
+    return out
+
+
+def source_of(value: Value) -> tuple[Value, bool]:
+    """Where ``value`` comes from before data movement, and whether a lookup by run-time indices is on the way."""
+    looked_up = False
+    while (op := value.owner) is not None and op.name in MOVES and op.operands and op.operands[0] is not None:
+        index = op.operand(1)
+        looked_up |= op.name in LOOKUPS and not (index is not None and index.is_const)
+        value = op.operands[0]
+    return value, looked_up
+
+
+def count(value: Value) -> int:
+    """Elements of a value of static shape, else 0."""
+    shape = value.tensor.static_shape
+    out = 1
+    for d in shape or (0,):
+        out *= d
+    return out
+
+
+def describe(value: Value) -> str:
+    """``int4[4096, 4096]`` and the bytes that it takes as f32."""
+    t = value.tensor
+    shape = "[" + ", ".join("?" if d is None else str(d) for d in t.shape or ()) + "]"
+    size = count(value) * 4
+    return f"{t.dtype or 'codes'}{shape}" + (f", {size} bytes as f32" if size else "")
+
+
+FIX_WEIGHT = "let a fused kernel read the codes: compile with qcompiler, or emit the runtime's low-bit node"
+FIX_ISLAND = "drop the quantize and dequantize around this op, or use an op that the runtime computes on codes"
+FIX_PAIR = "remove the pair: it changes nothing but rounding"
+
+
+@dataclass
+class Rules:
+    """One judgement of one graph. ``absorbed``: ops that the runtime is known to fuse away."""
+
+    graph: Graph
+    absorbed: AbstractSet[Op] = frozenset()
+    findings: list[Finding] = field(default_factory=list)
+    blamed: dict[Op, Finding] = field(default_factory=dict)
+    """Float op -> the finding of the weight that it reads expanded."""
+
+    def __post_init__(self) -> None:
+        self.moves = movement(self.graph)
+
+    def run(self) -> list[Finding]:
+        """All findings: weights first, since what surrounds an unfused weight is its consequence."""
+        ops = [op for op in self.graph.walk() if op not in self.absorbed and op.results]
+        dequantizes = [op for op in ops if is_dequantize(op)]
+        for op in dequantizes:
+            if self.codes_are_constant(op):
+                self.weight(op)
+        for op in ops:
+            if op.name in CASTS:
+                self.arithmetic(op)
+        for op in dequantizes:
+            if not self.codes_are_constant(op):
+                self.activation(op)
+        return self.findings
+
+    def add(self, code: str, op: Op, message: str, reason: str, fix: str, severity: Severity = "error") -> Finding:
+        found = Finding(code, op.label, message, reason, fix, severity)
+        if found not in self.findings:
+            self.findings.append(found)
+        return found
+
+    def codes_are_constant(self, op: Op) -> bool:
+        codes = op.operand(0)
+        if codes is None:
+            return False
+        source, looked_up = source_of(codes)
+        return not looked_up and (source.is_const or (source.is_input and source.payload is not None))
+
+    # -- weights ---------------------------------------------------------------------------------------------
+
+    def weight(self, op: Op) -> None:
+        codes = op.operand(0)
+        assert codes is not None
+        what = describe(source_of(codes)[0])
+        small = (codes.tensor.rank or 2) < 2
+        for r in reached(op.results[0], self.moves):
+            if r.op in self.absorbed:
+                continue
+            if is_quantize(r.op):
+                reason = f"a constant of {what} is dequantized and quantized again"
+                self.add("QC107", op, f"{base_name(op)} feeds {base_name(r.op)} '{r.op.label}'", reason, FIX_PAIR)
+                continue
+            through = " -> ".join(f"{base_name(m)} '{m.label}'" for m in r.path)
+            lookup = next((m for m in r.path if m.name in LOOKUPS), None)
+            message = f"{base_name(op)} of {what} feeds {base_name(r.op)} '{r.op.label}'"
+            reason = "the whole tensor is expanded to float on each call"
+            if lookup is not None:
+                reason = f"the whole table is expanded before {base_name(lookup)} '{lookup.label}' picks a few rows"
+            if through:
+                message += f" through {through}"
+            found = self.add(
+                "QC102" if r.path else "QC101", op, message, reason, FIX_WEIGHT, "warning" if small else "error"
+            )
+            if not small:
+                self.blamed.setdefault(r.op, found)
+        self.exposed(op, what, small)
+
+    def exposed(self, op: Op, what: str, small: bool) -> None:
+        """A dequantized weight that leaves the graph."""
+        values = [op.results[0], *(nx.descendants(self.moves, op.results[0]) if op.results[0] in self.moves else ())]
+        if any(v.is_output for v in values):
+            message = f"{base_name(op)} of {what} is an output of its graph"
+            reason = "the expanded tensor must exist, so no kernel can read the codes instead"
+            self.add("QC101", op, message, reason, "give out the codes, or nothing", "warning" if small else "error")
+
+    def arithmetic(self, op: Op) -> None:
+        """Low-bit constant -> cast -> arithmetic -> product: a dequantize in all but name."""
+        codes = op.operand(0)
+        result = op.results[0].tensor.dtype
+        if codes is None or (result is not None and not result.is_float):
+            return
+        source = self.low_bit_source(codes)
+        if source is None or (source.tensor.rank or 0) < 2:
+            return
+        constant, products = self.spread(op)
+        for r in products:
+            steps = " -> ".join(f"{base_name(m)} '{m.label}'" for m in r.path)
+            message = f"{describe(source)}, is dequantized by {steps} and feeds {base_name(r.op)} '{r.op.label}'"
+            if constant:
+                reason = "all of it is constant, so the runtime folds it into a float weight when it loads the model"
+                found = self.add("QC103", op, message, reason, FIX_WEIGHT)
+            else:
+                found = self.add("QC101", op, message, "the whole tensor is expanded to float on each call", FIX_WEIGHT)
+            self.blamed.setdefault(r.op, found)
+
+    def low_bit_source(self, value: Value) -> Value | None:
+        """The constant of at most 8 bits an element behind data movement and integer arithmetic, if there is one."""
+        seen = 0
+        while seen < 64:
+            seen += 1
+            value, looked_up = source_of(value)
+            element = value.tensor.dtype
+            if value.is_const and element is not None and element.is_integer and element.bits <= 8:
+                return None if looked_up else value
+            op = value.owner
+            if op is None or not is_arithmetic(op) or looked_up:
+                return None
+            following = next((v for v in op.operands if v is not None and not _small(v)), None)
+            if following is None:
+                return None
+            value = following
+        return None
+
+    def spread(self, cast: Op) -> tuple[bool, list[Reached]]:
+        """Follow a cast through arithmetic with scales: whether all of that was constant, the products it reaches."""
+        constant, out = True, []
+        work: list[tuple[Value, tuple[Op, ...]]] = [(cast.results[0], (cast,))]
+        seen = {cast.results[0]}
+        while work:
+            value, path = work.pop()
+            for use in value.uses:
+                op = use.user
+                if not isinstance(op, Op):
+                    continue
+                if is_product(op) or op.name in LOOKUPS:
+                    out.append(Reached(op, use.slot, path))
+                elif (op.name in MOVES or self.scales(op, value)) and op.results and op.results[0] not in seen:
+                    constant = constant and all(v is None or v is value or _constant(v) for v in op.operands)
+                    seen.add(op.results[0])
+                    work.append((op.results[0], (*path, op)))
+        return constant, out
+
+    def scales(self, op: Op, value: Value) -> bool:
+        """Arithmetic of ``value`` with constants or with something a quarter of its size or less: a scale."""
+        size = count(value)
+        others = [v for v in op.operands if v is not None and v is not value]
+        return is_arithmetic(op) and all(_constant(v) or (0 < count(v) * 4 <= size) for v in others)
+
+    # -- activations -----------------------------------------------------------------------------------------
+
+    def activation(self, op: Op) -> None:
+        codes = op.operand(0)
+        assert codes is not None
+        source, looked_up = source_of(codes)
+        maker = source.owner
+        quantized = maker is not None and is_quantize(maker)
+        kernel = maker is not None and (is_integer_kernel(maker) or maker.name in _ORDER_KEEPERS)
+        users = [r for r in reached(op.results[0], self.moves) if r.op not in self.absorbed]
+        for r in users:
+            if is_quantize(r.op):
+                self.requantized(op, r)
+            elif r.op in self.blamed:
+                continue
+            elif is_product(r.op):
+                self.product(op, r, cache=not quantized and not kernel)
+            elif quantized or self.quantized_again(r.op):
+                self.island(op, r.op, maker if quantized else None)
+        if quantized and not users and maker is not None and not looked_up:
+            message = f"{base_name(maker)} '{maker.label}' and {base_name(op)} stand behind one another"
+            self.add("QC107", op, message, "nothing between them computes on the codes", FIX_PAIR, "warning")
+
+    def product(self, op: Op, r: Reached, *, cache: bool) -> None:
+        through = "".join(f" through {base_name(m)} '{m.label}'" for m in r.path)
+        message = f"{base_name(op)} feeds {base_name(r.op)} '{r.op.label}'{through}"
+        if cache:
+            reason = "codes that the model is given (a cache, a weight) are expanded to float on each call"
+            self.add("QC102" if r.path else "QC101", op, message, reason, FIX_WEIGHT)
+        else:
+            reason = "the product runs in float on a dequantized activation"
+            self.add("QC105", op, message, reason, FIX_ISLAND)
+
+    def island(self, op: Op, user: Op, maker: Op | None) -> None:
+        first = f"{base_name(maker)} '{maker.label}' -> " if maker is not None else ""
+        message = f"{first}{base_name(op)} feeds {base_name(user)} '{user.label}'"
+        again = ", and its result is quantized again" if self.quantized_again(user) else ""
+        self.add("QC105", op, message, f"{base_name(user)} runs in float between codes{again}", FIX_ISLAND)
+
+    def requantized(self, op: Op, r: Reached) -> None:
+        if r.path:
+            through = ", ".join(f"{base_name(m)} '{m.label}'" for m in r.path)
+            message = f"{base_name(op)} and {base_name(r.op)} '{r.op.label}' stand around {through}"
+            self.add("QC105", op, message, "data movement runs in float between codes", "give both the same scale")
+        else:
+            message = f"{base_name(op)} feeds {base_name(r.op)} '{r.op.label}'"
+            self.add("QC107", op, message, "codes are turned to float and back", FIX_PAIR)
+
+    def quantized_again(self, op: Op) -> bool:
+        return any(is_quantize(r.op) for v in op.results for r in reached(v, self.moves) if r.op not in self.absorbed)
+
+
+def _constant(value: Value) -> bool:
+    """A constant, or computed from constants alone (a few steps)."""
+    work, seen = [value], 0
+    while work:
+        seen += 1
+        v = work.pop()
+        if v.is_const:
+            continue
+        if v.owner is None or seen > 32:
+            return False
+        work.extend(o for o in v.owner.operands if o is not None)
+    return True
+
+
+def _small(value: Value) -> bool:
+    return 0 < count(value) <= 8 and value.is_const
+
+
+def find_unfused(graph: Graph, absorbed: AbstractSet[Op] = frozenset()) -> list[Finding]:
+    """Every dequantize left over in ``graph`` and its regions, as findings; ``absorbed`` ops are passed over."""
+    return Rules(graph, absorbed).run()
+
+
+def dequantizes(graph: Graph) -> Iterator[Op]:
+    """Every op that dequantizes, regions included."""
+    return (op for op in graph.walk() if is_dequantize(op))
