@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompiler.fileio import Staged
 from qcompiler.report.html import page
-from qcompiler.report.terminal import console, finding_text, print_report, site_table, table
-from qcompiler.report.words import NONE, bytes_text, finding_groups, human_bytes
+from qcompiler.report.terminal import finding_text, print_report, show, site_table, table
+from qcompiler.report.words import NONE, bytes_text, finding_groups, human_bytes, plural
 from qcompiler.sites import Site, Status
 from qcompiler.target import KernelRow
 from qcompiler.text import show_type
@@ -24,15 +24,9 @@ if TYPE_CHECKING:
     from qcompiler.planning import Plan, PlannedSite
 
 
-def _print(parts: Iterable[RenderableType]) -> None:
-    to = console()
-    for part in parts:
-        to.print(part)
-
-
 def print_plan(plan: Plan) -> None:
     """The plan as a table, then why the kernels that were not chosen decline."""
-    _print(plan_parts(plan, console().width))
+    show(lambda width: plan_parts(plan, width))
 
 
 def plan_parts(plan: Plan, width: int) -> list[RenderableType]:
@@ -44,7 +38,7 @@ def plan_parts(plan: Plan, width: int) -> list[RenderableType]:
     after = sum(sum(s.bytes.values()) or s.before for s in sites)
     counts = Counter(s.status for s in sites)
     sums = ", ".join(f"{counts[status]} {status}" for status in ("fused", "skipped", "unfused"))
-    lines = ["", f"{len(sites)} sites: {sums}; weights {bytes_text(before, after)}"]
+    lines = ["", f"{plural(len(sites), 'site')}: {sums}; weights {bytes_text(before, after)}"]
     lines += [f"predicted peak memory {human_bytes(plan.peak_bytes)}"]
     parts += map(Text, lines + declined_lines(plan))
     if plan.findings:
@@ -65,15 +59,15 @@ def declined_lines(plan: Plan) -> list[str]:
     for site in plan.sites:
         for kernel, why in site.declined.items():
             reasons[kernel, "; ".join(why)] += 1
-    lines = [f"  {kernel}: {why} ({count} sites)" for (kernel, why), count in reasons.items()]
+    lines = [f"  {kernel}: {why} ({plural(count, 'site')})" for (kernel, why), count in reasons.items()]
     return ["", "kernels that were not chosen:", *lines] if lines else []
 
 
 def print_inspection(name: str, found: Inspection) -> None:
     """The graph in short, then what the kernel rows alone say of its sites."""
-    _print(graph_parts(name, found.graph, console().width))
+    show(lambda width: graph_parts(name, found.graph, width))
     if found.report.sites or found.report.findings:
-        _print([""])
+        print()
         print_report(found.report)
 
 
@@ -87,7 +81,7 @@ def graph_parts(name: str, graph: Graph, width: int) -> list[RenderableType]:
             if v.payload is not None:
                 held[v.payload.dtype.name] += v.payload.nbytes
     kinds = ", ".join(f"{dtype} {human_bytes(size)}" for dtype, size in held.most_common() if size)
-    lines = [f"{name}: {sum(counts.values())} ops, constants of {human_bytes(sum(held.values()))} ({kinds})"]
+    lines = [f"{name}: {plural(sum(counts.values()), 'op')}, constants of {human_bytes(sum(held.values()))} ({kinds})"]
     lines += [f"input  {v.name} : {show_type(v.type)}" for v in graph.inputs]
     lines += [f"output {v.name} : {show_type(v.type)}" for v in graph.outputs]
     rows = [(op, str(count)) for op, count in counts.most_common()]
@@ -103,7 +97,7 @@ def write_page(out: Path, name: str, found: Inspection) -> None:
 
 def print_targets(found: Sequence[TargetInfo]) -> None:
     rows = [(t.name, ", ".join(t.arch), "yes" if t.available else "no", t.note) for t in found]
-    _print([table(("target", "such as", "runs here", "note"), rows, width=console().width, keep=("target",))])
+    show(lambda width: [table(("target", "such as", "runs here", "note"), rows, width=width, keep=("target",))])
 
 
 def target_json(info: TargetInfo) -> dict[str, Any]:
@@ -111,19 +105,20 @@ def target_json(info: TargetInfo) -> dict[str, Any]:
 
 
 def print_kernels(rows: Sequence[KernelRow]) -> None:
+    show(lambda width: kernel_parts(rows, width))
+
+
+def kernel_parts(rows: Sequence[KernelRow], width: int) -> list[RenderableType]:
+    from rich.text import Text
+
     columns = ("kernel", "op", "codes", "scales per", "groups", "zero points", "activations", "M up to", "needs")
-    _print(
-        [
-            table(
-                columns,
-                [_kernel_cells(r) for r in rows],
-                width=console().width,
-                right=("M up to",),
-                keep=("kernel", "op"),
-            )
-        ]
-    )
-    _print(f"{r.name}: {r.numerics}; {r.evidence}{f'; {r.note}' if r.note else ''}" for r in rows)
+    cells = [_kernel_cells(r) for r in rows]
+    parts: list[RenderableType] = [table(columns, cells, width=width, right=("M up to",), keep=("kernel", "op"))]
+    for r in rows:
+        session = "".join(f"; needs the session key {key}={value}" for key, value in r.session)
+        note = f"; {r.note}" if r.note else ""
+        parts.append(Text(f"\n{r.name}: {r.numerics}{note}{session}\n    evidence: {r.evidence}"))
+    return parts
 
 
 def _kernel_cells(row: KernelRow) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from qcompiler.report.words import (
     finding_groups,
     human_bytes,
     kernel_or_reason,
+    plural,
     quality_lines,
     site_groups,
     status_text,
@@ -153,8 +154,8 @@ def _graph(graph: Graph) -> str:
     consts = sum(len(g.consts) for g in graph.graphs())
     ops = "\n".join(escape(show_op(op, locs=False)) for op in graph.walk())
     return (
-        f"<h2>Graph</h2><p>{sum(counts.values())} ops, {consts} constants of {human_bytes(held)}</p>"
+        f"<h2>Graph</h2><p>{plural(counts.total(), 'op')}, {plural(consts, 'constant')} of {human_bytes(held)}</p>"
         f"<ul>{''.join(ends)}</ul>"
         f"<details><summary>ops by kind</summary>{_sortable('kinds', ('op', 'count'), ('count',), [kinds])}</details>"
-        f"<details><summary>all {sum(counts.values())} ops</summary><pre>{ops}</pre></details>"
+        f"<details><summary>every op</summary><pre>{ops}</pre></details>"
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from qcompiler.report.model import Report
@@ -13,6 +14,7 @@ from qcompiler.report.words import (
     decibel_text,
     finding_groups,
     kernel_or_reason,
+    plural,
     quality_lines,
     site_bytes_text,
     site_groups,
@@ -38,14 +40,25 @@ STYLES = {"fused": "green", "skipped": "yellow", "unfused": "bold red", "accepte
 STYLES |= {"rejected": "bold red", "error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
-def console(*, stderr: bool = False, width: int | None = None) -> Console:
-    """A console that keeps to plain text, and to :data:`PLAIN_WIDTH` columns, where it does not write to a terminal."""
+Parts = Callable[[int], Sequence["RenderableType"]]
+"""What to print, for a number of columns."""
+
+
+def console() -> Console:
+    """A console on standard output that takes text as it is: no markup, no emoji, no guessed highlights."""
     from rich.console import Console
 
-    made = Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
-    if width is None and not made.is_terminal:
-        made = Console(stderr=stderr, width=PLAIN_WIDTH, highlight=False, markup=False, emoji=False)
-    return made
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def show(parts: Parts) -> None:
+    """Print on standard output: in colour and as wide as the terminal is, or as plain text where it is none."""
+    to = console()
+    if not to.is_terminal:
+        sys.stdout.write(plain(*parts(PLAIN_WIDTH)))
+        return
+    for part in parts(to.width):
+        to.print(part)
 
 
 def plain(*parts: RenderableType, width: int = PLAIN_WIDTH) -> str:
@@ -172,7 +185,7 @@ def report_parts(report: Report, width: int = PLAIN_WIDTH) -> list[RenderableTyp
         codes = sorted({f.code for f in report.findings})
         parts.append(Text(f"more about a finding: qcompiler explain {codes[0]}", style="dim"))
     errors = sum(f.severity == "error" for f in report.findings)
-    why = f", {errors} error{'s' * (errors != 1)}" if errors else ""
+    why = f", {plural(errors, 'error')}" if errors else ""
     parts.append(Text(""))
     parts.append(Text.assemble("verdict: ", (report.verdict, STYLES[report.verdict]), why))
     return parts
@@ -183,8 +196,6 @@ def report_text(report: Report, *, width: int = PLAIN_WIDTH) -> str:
     return plain(*report_parts(report, width), width=width)
 
 
-def print_report(report: Report, to: Console | None = None) -> None:
-    """Print the report on standard output, or on ``to``."""
-    to = to or console()
-    for part in report_parts(report, to.width):
-        to.print(part)
+def print_report(report: Report) -> None:
+    """Print the report on standard output."""
+    show(lambda width: report_parts(report, width))

@@ -25,6 +25,11 @@ def human_bytes(size: int) -> str:
     return f"{value:.1f} {unit}"
 
 
+def plural(count: int, noun: str) -> str:
+    """``1 site``, ``2 sites``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def human_seconds(seconds: float) -> str:
     """``7 ms``, ``1.25 s``, ``3 min 20 s``."""
     if seconds < 0.9995:
@@ -128,7 +133,7 @@ def totals_lines(report: Report) -> list[str]:
     t = report.totals
     static = sum(s.status == "fused" and s.evidence != "measured" for s in report.sites)
     seen = f" ({f'{static} by rows alone' if static else 'measured'})" if t.fused else ""
-    counts = f"{t.sites} sites: {t.fused} fused{seen}, {t.skipped} skipped, {t.unfused} unfused"
+    counts = f"{plural(t.sites, 'site')}: {t.fused} fused{seen}, {t.skipped} skipped, {t.unfused} unfused"
     if not t.sites:
         return ["no site: nothing here is quantized, and nothing could be"]
     share = f"{100 * t.fused_weight_share:.1f} % of the weight bytes fused"

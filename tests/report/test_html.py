@@ -70,7 +70,7 @@ def test_page_has_every_site_and_finding() -> None:
     assert [c for c in cells if c.startswith("layers.")] == ["layers.0.fc", "layers.1.fc", "layers.2.fc"]
     assert {"QC101", "QC204", "rejected", "2 more like it"} <= set(read.texts)
     assert any("onnx.MatMul(%x, %w)" in t for t in read.texts)
-    assert "1 ops, 1 constants of 256 B" in read.texts
+    assert "1 op, 1 constant of 256 B" in read.texts
 
 
 def test_names_are_text_not_markup() -> None:

@@ -1,11 +1,12 @@
 """The report as text: golden pages, and how long tables are shortened."""
 
 import io
+from contextlib import redirect_stdout
 
 import pytest
 
 from qcompiler.report.model import Report, Source
-from qcompiler.report.terminal import ROWS, report_text, site_rows
+from qcompiler.report.terminal import ROWS, print_report, report_text, site_rows
 from qcompiler.report.words import (
     bytes_text,
     decibel_text,
@@ -75,12 +76,10 @@ def test_markup_in_names_is_text() -> None:
     assert "block[bold]:smile:[/bold]" in report_text(Report("t", Source("onnx"), sites=(site,)))
 
 
-def test_plain_output_has_no_control_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qcompiler.report import terminal
-
+def test_plain_output_has_no_control_codes() -> None:
     out = io.StringIO()
-    monkeypatch.setattr("sys.stdout", out)
-    terminal.print_report(rejected())
+    with redirect_stdout(out):
+        print_report(rejected())
     assert "\x1b" not in out.getvalue()
     assert "layers.0.fc" in out.getvalue()
 
