@@ -53,6 +53,8 @@ def choose_qparams(x: Array, scheme: Scheme, clip: Clip = "absmax") -> tuple[Arr
     finite = np.isfinite(x)
     if not finite.all():
         raise BadWeights(int(x.size - np.count_nonzero(finite)), x.size)
+    if not x.size:
+        return affine_params(np.zeros(shape), np.zeros(shape), scheme, element)
     work = x.astype(work_dtype(element))
     if scheme.granularity == "tensor":
         lo, hi = _tensor_range(work.reshape(len(x) if x.ndim else 1, -1), scheme, element, clip)
@@ -78,16 +80,13 @@ def _axis(x: Array, scheme: Scheme) -> int:
 
 def _column_range(x: Array, scheme: Scheme, element: DType, clip: Clip) -> tuple[Floats, Floats]:
     """The range of each column of ``x[L, Q]``, a column being a group; float64 ``[Q]``."""
-    if not len(x):
-        return np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    x = np.ascontiguousarray(x)
     lo, hi = x.min(axis=0).astype(np.float64), x.max(axis=0).astype(np.float64)
     return search_range(x, lo, hi, scheme, element) if clip == "mse" else (lo, hi)
 
 
 def _tensor_range(x: Array, scheme: Scheme, element: DType, clip: Clip) -> tuple[Floats, Floats]:
     """The range of all of ``x[A, B]``; errors are added down the columns first, then along them. float64 ``[1]``."""
-    if not x.size:
-        return np.zeros(1), np.zeros(1)
     lo, hi = np.array([x.min()], np.float64), np.array([x.max()], np.float64)
     if clip == "mse":
         errors = np.zeros((len(FACTORS), x.shape[1]))
