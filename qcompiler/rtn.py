@@ -60,7 +60,7 @@ def quantize_weight(
 
     ``scheme.axis`` is the axis that groups run along, for channel granularity that of the channels, None per tensor.
     With ``transpose`` codes and parameters come out transposed, as those of the transposed weight under the other axis.
-    ``threads`` defaults to the processors at hand, at most 8. Neither it nor the orientation of the weight changes a
+    ``threads`` defaults to the processors at hand, at most 4. Neither it nor the orientation of the weight changes a
     bit, but for a tie between two ranges where ``clip`` is ``mse`` and the granularity tensor.
     Raises BadWeights for NaN or infinity, InputError for a tensor that is no float matrix or a scheme without integer
     codes of one static granularity.

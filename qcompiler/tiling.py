@@ -28,7 +28,11 @@ COLUMNS = 512
 PAD = 64
 """Bytes between the rows of codes to be transposed: at a power of two they would evict one another from the cache."""
 
-MAX_THREADS = 8
+SPAN = 4 << 20
+"""Bytes of a file that one read may map. A tile of some columns touches every page of its rows: the kernel maps those
+around the one asked for too."""
+
+MAX_THREADS = 4
 
 T = TypeVar("T")
 
@@ -96,14 +100,20 @@ class Reader:
     def read(self, tile: Tile, buffer: Array) -> Array:
         """The values of ``tile``: a view of the source where that holds them as they are wanted, else ``buffer``."""
         rows = tile.rows
-        source = self.payload.rows(rows.start, rows.stop) if self._array is None else self._array[rows]
-        raw = source[:, tile.cols]
-        if raw.dtype == self.work and raw.flags.aligned:
-            return raw
-        if self.element is F16:
-            widen_f16(raw, buffer)
-        else:
-            np.copyto(buffer, raw)
+        step = rows.stop - rows.start
+        if self._array is None:
+            step = max(1, min(step, SPAN // max(1, self.payload.nbytes // self.payload.shape[0])))
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            source = self.payload.rows(start, stop) if self._array is None else self._array[start:stop]
+            raw = source[:, tile.cols]
+            if raw.dtype == self.work and raw.flags.aligned and len(raw) == rows.stop - rows.start:
+                return raw
+            target = buffer[start - rows.start : stop - rows.start]
+            if self.element is F16:
+                widen_f16(raw, target)
+            else:
+                np.copyto(target, raw)
         return buffer
 
 
