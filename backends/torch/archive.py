@@ -111,7 +111,8 @@ def _check_pickle(name: str, archive: zipfile.ZipFile, path: Path) -> None:
     if not data:
         return
     try:
-        torch.load(io.BytesIO(data), weights_only=True, map_location="meta")
+        with quietly():
+            torch.load(io.BytesIO(data), weights_only=True, map_location="meta")
     except Exception as e:
         inner = name.partition("/")[2] or name
         raise InputError(f"{path.name} holds a pickle ({inner}) that could run code; it is not loaded") from e
@@ -135,7 +136,7 @@ def _is_arithmetic(text: Any) -> bool:
     if not isinstance(text, str):
         return False
     text = _QUOTED.sub("0", text)  # Symbol('s72', positive=True), Float('0.5', precision=53)
-    if "__" in text or not _EXPRESSION.match(text):
+    if "__" in text or re.search(r"\.\s*[A-Za-z_]", text) or not _EXPRESSION.match(text):
         return False
     # Names that are called are classes of sympy (Mod, FloorDiv, Max) or two of its functions.
     return all(word[0].isupper() or word in ("floor", "ceiling") for word in _WORD.findall(text))

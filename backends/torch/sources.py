@@ -218,7 +218,8 @@ def _load(folder: Path, model_class: Any, dtype: torch.dtype) -> Any:
 
 def _sample(folder: Path, model: Any) -> Sample:
     base = type(model)
-    output = "last_hidden_state" if base.__name__.endswith(("Model", "Encoder")) else "logits"
+    bare = base.__name__.endswith(("Model", "Encoder")) and "Head" not in base.__name__  # GPT2LMHeadModel
+    output = "last_hidden_state" if bare else "logits"
     batch = Dim("batch", max=1 << 16)
     generator = torch.Generator().manual_seed(0)
     config = model.config

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path
+
+import torch
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_SLASH = re.compile(r"[/\\]")
+_TORCH = str(Path(torch.__file__).parent)
+_INSTALLED = re.compile(r"[/\\](?:site|dist)-packages[/\\]torch[/\\]")  # a trace may come from another machine
 
 
 def source_line(trace: str) -> str:
     """``file.py:line`` of the innermost frame of ``trace`` outside torch, else inside torch.nn; empty without one."""
-    frames = [(_parts(path), line) for path, line in _FRAME.findall(trace or "")]
-    outside = [f for f in frames if "torch" not in f[0][:-1]]
-    chosen = outside or [f for f in frames if "modules" in f[0][:-1]]
-    return f"{chosen[-1][0][-1]}:{chosen[-1][1]}" if chosen else ""
-
-
-def _parts(path: str) -> tuple[str, ...]:
-    return (PureWindowsPath(path) if "\\" in path else PurePosixPath(path)).parts
+    frames = _FRAME.findall(trace or "")
+    outside = [f for f in frames if not f[0].startswith(_TORCH) and not _INSTALLED.search(f[0])]
+    chosen = outside or [f for f in frames if re.search(r"[/\\]nn[/\\]", f[0])]
+    if not chosen:
+        return ""
+    path, line = chosen[-1]
+    return f"{_SLASH.split(path)[-1]}:{line}"
