@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json as jsonlib
 import sys
 from pathlib import Path
@@ -295,7 +296,7 @@ def _finish(report: Report, json: bool) -> int:
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(jsonlib.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(jsonlib.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def _read(path: Path) -> str:
@@ -327,4 +328,7 @@ def status(arguments: list[str] | None = None) -> int:
 
 def main() -> None:
     """The console script: run, then leave with the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no failure
     sys.exit(status())

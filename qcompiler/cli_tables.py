@@ -91,7 +91,7 @@ def graph_parts(name: str, graph: Graph, width: int) -> list[RenderableType]:
 def write_page(out: Path, name: str, found: Inspection) -> None:
     """Write the HTML page of an inspected file, whole or not at all."""
     with Staged(out) as staged:
-        staged.main.write_text(page(name, found.report, found.graph), encoding="utf-8")
+        staged.main.write_text(page(name, found.report, found.graph), encoding="utf-8", errors="xmlcharrefreplace")
         staged.commit()
 
 

@@ -174,8 +174,8 @@ class Report:
             raise InputError(f"the report is damaged: {what}; write it anew with 'qcompiler verify'") from None
 
     def text(self) -> str:
-        """The JSON text that ``--json`` prints and :meth:`save` writes; strict JSON, UTF-8, one final newline."""
-        return json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        """The JSON text that ``--json`` prints and :meth:`save` writes: strict JSON, ASCII, one final newline."""
+        return json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write :meth:`text` to ``path``, whole or not at all; raises InputError when it cannot be written."""

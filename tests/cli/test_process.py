@@ -85,6 +85,23 @@ def test_reader_that_went_away(arguments: list[str]) -> None:
     assert (process.returncode, process.stderr) == (141, "")
 
 
+def test_terminal_that_knows_ascii_only(tmp_path: Path) -> None:
+    """A name that the terminal cannot show, or that is no text at all, is escaped and not a failure."""
+    graph = 'graph @main dialect=onnx {\n  input %"größe" : f32[n]\n  return %"größe"\n}\n'
+    path = tmp_path / os.fsdecode(b"gr\xf6\xdfe.qir")
+    path.write_text(graph, encoding="utf-8")
+    for option in ([], ["--text"], ["--json"], ["--text", "--html", str(tmp_path / "page.html")]):
+        done = subprocess.run(
+            _command("inspect", str(path), *option),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout
+
+
 def test_status_reaches_the_shell() -> None:
     done = subprocess.run(_command("explain", "QC999"), capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
