@@ -25,8 +25,9 @@ from qcompiler.payload import Payload, computed, constant
 from qcompiler.scheme import Scheme
 from qcompiler.target import Choice, KernelRow
 
-SHARED = "ort.blocks"
-"""Key in a codes value's ``meta``: ``(block, name)`` of the packed constant that another kernel may read too."""
+LAYOUTS = "ort.layouts"
+"""Key in the ``meta`` of a canonical constant with several readers: what was derived from it, as
+``((block, *shape), name)``, so that the next reader takes the same stored constant."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,22 @@ def _const(w: _Weight, suffix: str, payload: Payload) -> Value:
     return w.codes.graph.add_const(w.op.graph.fresh(f"{w.site}.{suffix}"), payload)
 
 
-def _derived(w: _Weight, suffix: str, source: Value, fn: Callable[[Array], Array], t: DType, *shape: int) -> Value:
-    """``fn`` of a canonical constant, not computed yet."""
-    return _const(w, suffix, computed(suffix, lambda p: fn(p.array()), [_payload(source)], t, shape))
+def _derived(
+    w: _Weight, suffix: str, source: Value, block: int, fn: Callable[[Array], Array], t: DType, *shape: int
+) -> Value:
+    """``fn`` of a canonical constant, not computed yet; the constant that was derived in the same way, if there is one.
+
+    ``block`` and ``shape`` say in which way.
+    """
+    key = (block, *shape)
+    known = source.meta.get(LAYOUTS, ())
+    for found in (w.op.graph.lookup(name) for k, name in known if k == key):
+        if found is not None and found.is_const:
+            return found
+    made = _const(w, suffix, computed(suffix, lambda p: fn(p.array()), [_payload(source)], t, shape))
+    if len(source.users) > 1:
+        source.meta[LAYOUTS] = (*known, (key, made.name))
+    return made
 
 
 def _scales(w: _Weight, block: int, *rank: int) -> Value:
@@ -110,7 +124,7 @@ def _scales(w: _Weight, block: int, *rank: int) -> Value:
         return layouts.spread(s, w.n, count, each).reshape(w.n, count, *rank)
 
     assert w.scale.tensor.dtype is not None
-    return _derived(w, "weight_scales", w.scale, fn, w.scale.tensor.dtype, w.n, count, *rank)
+    return _derived(w, "weight_scales", w.scale, block, fn, w.scale.tensor.dtype, w.n, count, *rank)
 
 
 def _zeros(w: _Weight, block: int, write: Callable[[Array, int], Array], *shape: int) -> Value | None:
@@ -120,27 +134,21 @@ def _zeros(w: _Weight, block: int, write: Callable[[Array, int], Array], *shape:
     count, each = layouts.block_count(w.k, block), w.blocks_a_group(block)
     if w.zero is None:
         return _const(w, "weight_zeros", computed("weight_zeros", lambda: np.zeros(shape, np.uint8), [], UINT8, shape))
-    return _derived(
-        w, "weight_zeros", w.zero, lambda z: write(layouts.spread(z, w.n, count, each), w.bits), UINT8, *shape
-    )
+
+    def fn(z: Array) -> Array:
+        return write(layouts.spread(z, w.n, count, each), w.bits)
+
+    return _derived(w, "weight_zeros", w.zero, block, fn, UINT8, *shape)
 
 
 def _blocks(w: _Weight, block: int) -> Value:
-    """The codes in blocks: the constant that another kernel reads already, or a new one."""
-    known = w.codes.meta.get(SHARED)
-    if known is not None and known[0] == block:
-        found = w.op.graph.lookup(known[1])
-        if found is not None and found.is_const:
-            return found
+    """The codes in blocks ``[N, blocks, bytes of a block]``."""
     count, blob = layouts.block_count(w.k, block), block * w.bits // 8
 
     def fn(codes: Array) -> Array:
         return layouts.blocks(codes, w.bits, block)
 
-    out = _derived(w, f"weight_q{w.bits}", w.codes, fn, UINT8, w.n, count, blob)
-    if len(w.codes.users) > 1:
-        w.codes.meta[SHARED] = (block, out.name)
-    return out
+    return _derived(w, f"weight_q{w.bits}", w.codes, block, fn, UINT8, w.n, count, blob)
 
 
 def _row(op: Op, choice: Choice) -> KernelRow:
@@ -205,8 +213,9 @@ def _tied_block(w: _Weight, row: KernelRow) -> int | None:
 
     Where that layer is not lowered yet, the first kernel of the same runtime that takes such codes is what it will get.
     """
-    if (known := w.codes.meta.get(SHARED)) is not None:
-        return int(known[0])
+    for (block, *shape), _ in w.codes.meta.get(LAYOUTS, ()):
+        if len(shape) == 3:
+            return int(block)
     if any(u.name == "q.linear" for u in w.codes.users):
         rows = CUDA_ROWS if row in CUDA_ROWS else CPU_ROWS
         taken = [r.groups for r in rows if r.op == "q.linear" and w.scheme.dtype.name in r.codes]
@@ -223,7 +232,11 @@ def _gather_rows(w: _Weight, indices: Value, block: int) -> tuple[Value, int]:
     """Lookup in a table ``[V, bytes of a row]``, and how many columns it gives: as many as the bytes have codes."""
     count, width = layouts.block_count(w.k, block), -(-w.k * w.bits // 8)
     columns = width * 8 // w.bits
-    table = _derived(w, f"weight_q{w.bits}", w.codes, lambda c: layouts.rows(c, w.bits), UINT8, w.n, width)
+
+    def fn(codes: Array) -> Array:
+        return layouts.rows(codes, w.bits)
+
+    table = _derived(w, f"weight_q{w.bits}", w.codes, 0, fn, UINT8, w.n, width)
     scales = _scales(w, block)
     zeros = _zeros(w, block, layouts.pack_zeros, w.n, -(-count * w.bits // 8))
     return _gather(w, [table, indices, scales, zeros], block, 1, (columns,)), columns

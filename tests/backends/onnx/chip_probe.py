@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from qcompiler.backends.onnx.activations import int8_activations
 from qcompiler.backends.onnx.kernels import CPU_ROWS
-from tests.backends.onnx.proof import embedding, linear, lower, run, table
+from tests.backends.onnx.proof import Table, embedding, linear, lower, run, table
 
 N, K = 48, 160
 
 
-def probe_linear(kernel: str, scheme: str) -> dict[str, Any]:
-    t = table(scheme, N, K)
+def extremes(t: Table) -> Table:
+    """Rows of all least and all greatest codes: with constant activations, what 16-bit sums would saturate on."""
+    d = t.scheme.dtype
+    codes = np.where(np.arange(t.n)[:, None] % 2, d.qmin, d.qmax) + np.zeros((1, t.k), np.int64)
+    return replace(t, codes=codes.astype(d.storage))
+
+
+def probe_linear(kernel: str, t: Table) -> dict[str, Any]:
     graph = lower(linear(t), kernel=kernel)
     (node,) = list(graph)
     xs = [np.random.default_rng(m).standard_normal((m, K)).astype(np.float32) for m in (1, 5)]
+    xs += [x * 0 + sign for x in xs for sign in (1, -1)]
     seen = run(graph, [{"x": x} for x in xs])
     worst = 0.0
     for x, (y,) in zip(xs, seen.outputs, strict=True):
@@ -48,8 +56,11 @@ def main() -> None:
         for code in sorted(c for c in row.codes if c.startswith("int")):
             for rest in ("g32 asym", "channel sym"):
                 scheme = f"{code} {rest}"
-                seen = probe_linear(row.name, scheme) if row.op == "q.linear" else probe_table(scheme)
-                out[f"{row.name} {scheme}"] = seen
+                if row.op == "q.linear":
+                    out[f"{row.name} {scheme}"] = probe_linear(row.name, table(scheme, N, K))
+                    out[f"{row.name} {scheme} extremes"] = probe_linear(row.name, extremes(table(scheme, N, K)))
+                else:
+                    out[f"{row.name} {scheme}"] = probe_table(scheme)
     json.dump(out, sys.stdout)
 
 

@@ -34,7 +34,7 @@ def _probe(*prefix: str) -> dict[str, Any]:
 
 def _assert_fused(found: dict[str, Any]) -> None:
     linear = {name: case for name, case in found.items() if "MatMulNBits" in name}
-    assert len(linear) == 8
+    assert len(linear) == 16
     for name, case in found.items():
         assert case["error"] <= (1 if name in linear else 0), (name, case)
         assert case.get("fallbacks", 0) == 0, name
@@ -56,7 +56,7 @@ def test_without_avx2_every_linear_row_expands_its_weight() -> None:
     """Why the rows need AVX2. Numbers are right there too, but those of full-precision activations."""
     for name, case in _probe(str(QEMU), "-cpu", "Nehalem").items():
         if "MatMulNBits" in name:
-            assert case["fallbacks"] == 2, name
+            assert case["fallbacks"] == 6, name
             assert case["temp"] >= case["expanded"], name
         else:
             assert case == {"temp": 0, "error": 0.0}, name

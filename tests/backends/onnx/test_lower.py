@@ -11,7 +11,7 @@ from qcompiler.backends.onnx.activations import int8_activations
 from qcompiler.backends.onnx.emit import to_model
 from qcompiler.backends.onnx.kernels import CPU_ROWS, detect_features, target
 from qcompiler.backends.onnx.lower import block_size, matmul_nbits
-from qcompiler.dtypes import F16, F32, INT8, UINT8, Array
+from qcompiler.dtypes import BOOL, F16, F32, INT8, UINT8, Array
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph, TensorType
 from qcompiler.payload import Computation, Payload, computed, constant
@@ -218,3 +218,38 @@ def test_a_lazy_payload_is_not_kept_alive_by_the_canonical_one() -> None:
     packed = graph.consts["head.weight_q8"].payload
     assert packed is not None
     np.testing.assert_array_equal(packed.array().reshape(8, 64), t.codes.view(np.uint8) + np.uint8(128))
+
+
+@needs_avx2
+def test_a_bias_may_be_computed() -> None:
+    t = table("int8 g32 sym", 8, 64)
+    graph = linear(t, bias=np.zeros(8, np.float32))
+    (op,) = list(graph)
+    op.set_operand(4, graph.add_input("late_bias", TensorType(F32, (8,))))
+    lower(graph)
+    x, b = np.ones((2, 64), np.float32), np.arange(8, dtype=np.float32) * 100
+    (with_bias,), (without,) = run(graph, [{"x": x, "late_bias": b}, {"x": x, "late_bias": b * 0}]).outputs
+    # Float32 sums of magnitude under 800: the last addition is off by at most 800 2^-24 in each of the two.
+    np.testing.assert_allclose(with_bias - without, np.broadcast_to(b, (2, 8)), rtol=0, atol=1e-4)
+
+
+def test_a_layer_inside_a_subgraph_shares_the_constants_of_the_outer_one() -> None:
+    """New constants stand beside the canonical codes, where every branch sees them."""
+    outer = Graph()
+    t = table("int8 g32 sym", 8, 64)
+    codes = outer.add_const("codes", constant(t.codes))
+    scale = outer.add_const("scale", constant(t.scale))
+    x = outer.add_input("x", TensorType(F32, (1, 64)))
+    branch_op = outer.create(
+        "onnx.If", [outer.add_input("c", TensorType(BOOL, ()))], {}, [("y", TensorType(F32, (1, 8)))]
+    )
+    for key in ("then_branch", "else_branch"):
+        branch = outer.add_region(branch_op, key)
+        attrs = {"scheme": t.scheme, "site": f"head.{key}"}
+        made = branch.create("q.linear", [x, codes, scale], attrs, [(f"y.{key}", TensorType(F32, (1, 8)))])
+        branch.add_output(made.result)
+    outer.add_output(branch_op.result)
+    lower(outer)
+    assert [*outer.consts] == ["head.then_branch.weight_q8", "head.then_branch.weight_scales"]
+    for made in outer.consts.values():
+        assert {op.label for op in made.users} == {"head.then_branch", "head.else_branch"}
