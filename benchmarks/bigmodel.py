@@ -16,7 +16,9 @@ from onnx import TensorProto, helper
 def write_chain(path: Path, layers: int, width: int = 4096) -> int:
     """Write ``x @ W0 -> Tanh -> @ W1 ...`` with float32 ``[width, width]`` weights; returns the weight bytes."""
     nodes, tensors = [], []
-    block = (np.random.default_rng(0).standard_normal((width, width), np.float32) / np.sqrt(width)).tobytes()
+    block = (
+        np.random.default_rng(0).standard_normal((width, width), np.float32) / np.float32(np.sqrt(width))
+    ).tobytes()
     data = path.with_name(path.name + ".data")
     with open(data, "wb") as f:
         for i in range(layers):

@@ -19,9 +19,9 @@ from qcompiler import recipe
 from qcompiler.backends import backend_of
 from qcompiler.dtypes import F32, INT64
 from qcompiler.ir import Graph, TensorType, Value
-from qcompiler.parse import parse
 from qcompiler.payload import RandomPayload, constant
 from qcompiler.pipeline import Context, run
+from qcompiler.reader import parse
 from qcompiler.text import show
 
 HIDDEN = 64
@@ -95,7 +95,9 @@ def main() -> None:
               f"{row['us_per_node']:.0f} us a node, ratio {row['ratio']:.2f}")  # fmt: skip
     if a.json is not None:
         command = "python benchmarks/pass_scaling.py"
-        a.json.write_text(json.dumps({"command": command, "python": platform.python_version(), "rows": found}, indent=1))
+        a.json.write_text(
+            json.dumps({"command": command, "python": platform.python_version(), "rows": found}, indent=1)
+        )
 
 
 if __name__ == "__main__":

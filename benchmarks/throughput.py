@@ -1,4 +1,4 @@
-"""Weights per second of ``qcompiler compile`` against ONNX Runtime's MatMulNBitsQuantizer, whole process against process.
+"""Weights per second of ``qcompiler compile`` against ONNX Runtime's MatMulNBitsQuantizer, process against process.
 
     python benchmarks/throughput.py --gb 1 --runs 5 --json benchmarks/results/throughput.json
 
@@ -51,7 +51,18 @@ def main() -> None:
         model = folder / "model.onnx"
         weights = write_chain(model, max(1, round(a.gb * 2**30 / LAYER)), WIDTH) // 4
         out = folder / "ours.onnx"
-        ours = [sys.executable, "-m", "qcompiler", "compile", str(model), "-o", str(out), "--target", "ort-cpu", "--json"]
+        ours = [
+            sys.executable,
+            "-m",
+            "qcompiler",
+            "compile",
+            str(model),
+            "-o",
+            str(out),
+            "--target",
+            "ort-cpu",
+            "--json",
+        ]
         theirs = [sys.executable, "-c", THEIRS, str(model), str(folder / "theirs.onnx")]
         timed(ours)
         pairs = []

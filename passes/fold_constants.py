@@ -12,7 +12,7 @@ from qcompiler.ir import Graph, Op, Value
 from qcompiler.numerics import quantize
 from qcompiler.payload import ComputedPayload, Payload, computed
 from qcompiler.pipeline import Context, Pass
-from qcompiler.rewrite import Rewriter, rewrite, rule
+from qcompiler.rewrite import Rewriter, apply_rules, rule
 from qcompiler.scheme import Scheme
 from qcompiler.weights import WeightQuantization
 
@@ -50,4 +50,4 @@ class FoldConstants(Pass):
     name: ClassVar[str] = "fold-constants"
 
     def run(self, graph: Graph, ctx: Context) -> None:
-        rewrite(graph, [fold_quantize], log=ctx.refusals)
+        apply_rules(graph, [fold_quantize], log=ctx.refusals)

@@ -10,7 +10,7 @@ import numpy as np
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.payload import ArrayPayload
 from qcompiler.pipeline import Context, Pass
-from qcompiler.rewrite import Rewriter, rewrite, rule
+from qcompiler.rewrite import Rewriter, apply_rules, rule
 
 
 def same_value(a: Value | None, b: Value | None) -> bool:
@@ -63,4 +63,4 @@ class FoldQdq(Pass):
     name: ClassVar[str] = "fold-qdq"
 
     def run(self, graph: Graph, ctx: Context) -> None:
-        rewrite(graph, [fold_requantize, share_dequantize], log=ctx.refusals)
+        apply_rules(graph, [fold_requantize, share_dequantize], log=ctx.refusals)

@@ -9,7 +9,7 @@ from qcompiler.canonical import canonical_operands
 from qcompiler.dtypes import F32
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.pipeline import Context, Pass
-from qcompiler.rewrite import Rewriter, rewrite, rule
+from qcompiler.rewrite import Rewriter, apply_rules, rule
 from qcompiler.target import Request
 from qcompiler.views import EMBEDDING_OPS, as_embedding
 
@@ -34,4 +34,4 @@ class FuseEmbedding(Pass):
     name: ClassVar[str] = "fuse-embedding"
 
     def run(self, graph: Graph, ctx: Context) -> None:
-        rewrite(graph, [fuse_dequant_into_embedding], target=ctx.target, phases=ctx.phases, log=ctx.refusals)
+        apply_rules(graph, [fuse_dequant_into_embedding], target=ctx.target, phases=ctx.phases, log=ctx.refusals)

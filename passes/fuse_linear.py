@@ -9,7 +9,7 @@ from qcompiler.canonical import canonical_operands
 from qcompiler.dtypes import F32
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.pipeline import Context, Pass
-from qcompiler.rewrite import Rewriter, rewrite, rule
+from qcompiler.rewrite import Rewriter, apply_rules, rule
 from qcompiler.scheme import Scheme
 from qcompiler.spec import is_float_const
 from qcompiler.target import Request
@@ -66,4 +66,4 @@ class FuseLinear(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> None:
         rules = [fuse_dequant_into_linear, fuse_bias]
-        rewrite(graph, rules, target=ctx.target, phases=ctx.phases, log=ctx.refusals)
+        apply_rules(graph, rules, target=ctx.target, phases=ctx.phases, log=ctx.refusals)

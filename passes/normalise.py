@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.pipeline import Context, Pass
-from qcompiler.rewrite import Rewriter, rewrite, rule
+from qcompiler.rewrite import Rewriter, apply_rules, rule
 
 
 @rule("onnx.Identity", "aten.alias.default", "aten.detach.default")
@@ -39,4 +39,4 @@ class Normalise(Pass):
     name: ClassVar[str] = "normalise"
 
     def run(self, graph: Graph, ctx: Context) -> None:
-        rewrite(graph, [drop_identity, drop_double_transpose], log=ctx.refusals)
+        apply_rules(graph, [drop_identity, drop_double_transpose], log=ctx.refusals)

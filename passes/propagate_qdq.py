@@ -8,7 +8,7 @@ from typing import ClassVar
 from qcompiler.ir import Graph, Op, TensorType, Value
 from qcompiler.payload import Payload, computed
 from qcompiler.pipeline import Context, Pass
-from qcompiler.rewrite import Rewriter, rewrite, rule
+from qcompiler.rewrite import Rewriter, apply_rules, rule
 from qcompiler.scheme import Scheme
 from qcompiler.views import LINEAR_OPS
 
@@ -119,4 +119,4 @@ class PropagateQdq(Pass):
     name: ClassVar[str] = "propagate-qdq"
 
     def run(self, graph: Graph, ctx: Context) -> None:
-        rewrite(graph, [through_transpose, through_reshape], log=ctx.refusals)
+        apply_rules(graph, [through_transpose, through_reshape], log=ctx.refusals)

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qcompiler import driver, recipe as recipes
+from qcompiler import driver
+from qcompiler import recipe as recipes
 from qcompiler.backends import BACKENDS, backend_of
 from qcompiler.backends.base import Progress, Silent
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
 from qcompiler.memory import bound
-from qcompiler.parse import parse
 from qcompiler.pipeline import Context, run
 from qcompiler.planning import Plan, make_plan
+from qcompiler.reader import parse
 from qcompiler.recipe import Recipe
 from qcompiler.report.model import Report, Source
 from qcompiler.target import PHASES, KernelRow, Phase, Target
@@ -238,4 +239,3 @@ def kernels(target: str = "ort-cpu") -> list[KernelRow]:
     """The kernel rows of ``target`` in order of op and rank."""
     found = backend_of(target).target(target)
     return sorted(found.rows, key=lambda r: (r.op, r.rank))
-

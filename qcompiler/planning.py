@@ -13,6 +13,7 @@ from qcompiler.passes.choose_layout import asked
 from qcompiler.target import Reason, Request, Target
 from qcompiler.verify.findings import Finding
 
+
 @dataclass
 class PlannedSite:
     """One site: the kernel of each phase, why every other row declines, bytes before and after."""

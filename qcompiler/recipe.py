@@ -21,9 +21,9 @@ from typing import Any
 
 from qcompiler.errors import Error, RecipeError
 from qcompiler.ir import Attr
-from qcompiler.parse import parse_attrs
 from qcompiler.passes import catalogue
 from qcompiler.pipeline import Pass
+from qcompiler.reader import parse_attrs
 from qcompiler.scheme import Scheme, parse_scheme
 from qcompiler.text import show_attr
 

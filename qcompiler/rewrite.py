@@ -136,7 +136,7 @@ def erase_dead(op: Op) -> int:
     return gone
 
 
-def rewrite(
+def apply_rules(
     graph: Graph,
     rules: Iterable[Rule],
     *,

@@ -14,8 +14,8 @@ Status = Literal["pending", "fused", "skipped", "unfused"]
 class Site:
     """One linear, embedding or convolution. ``before`` is the bytes of its float weight; ``status`` how it ended.
 
-    A site whose weight an earlier site stores too is ``tied_to`` that one; sums count the bytes of both once. ``weight`` is
-    the float constant in the graph, while there is one; ``stats`` fills when its codes are computed.
+    A site whose weight an earlier site stores too is ``tied_to`` that one; sums count the bytes of both once.
+    ``weight`` is the float constant in the graph, while there is one; ``stats`` fills when its codes are computed.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Ledger:
 
 
 def matches(name: str, globs: Sequence[str]) -> str | None:
-    """The first of ``globs`` that the site name matches, whole or as a dotted or slashed suffix; None when none does."""
+    """The first of ``globs`` that the site name matches, whole or as a dotted or slashed suffix, else None."""
     for glob in globs:
         if fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name, f"*[./]{glob}"):
             return glob

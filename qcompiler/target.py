@@ -52,8 +52,8 @@ class KernelRow:
     """One kernel: which requests it serves, on which chips, at which M, and how it is written down.
 
     ``codes`` are dtype names, ``groups`` the group sizes it takes, ``zeros`` the kinds of zero point, ``needs`` the
-    chip features, ``m_max`` the largest M at which it does not materialise the dequantized weight (None: any), ``session``
-    the runtime's session keys (name, value) without which the kernel is not taken.
+    chip features, ``m_max`` the largest M at which it does not materialise the dequantized weight (None: any),
+    ``session`` the runtime's session keys (name, value) without which the kernel is not taken.
     """
 
     name: str

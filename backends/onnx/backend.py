@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.backends.base import Backend, Captured, Judged, Progress, Written
-from qcompiler.backends.onnx import capture as capturing, kernels
+from qcompiler.backends.onnx import capture as capturing
+from qcompiler.backends.onnx import kernels
 from qcompiler.backends.onnx.emit import emit_onnx
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
@@ -43,7 +44,7 @@ class OrtBackend(Backend):
         return capturing.sha256_of(path)
 
     def capture(self, source: Any, args: Any, dynamic_shapes: Any, progress: Progress) -> Captured:
-        return capturing.capture(source, args, dynamic_shapes, progress)
+        return capturing.captured_from(source, args, dynamic_shapes, progress)
 
     def judge(self, graph: Graph, target: Target, phases: Sequence[Phase]) -> list[Finding]:
         from qcompiler.backends.onnx.judge import judge_graph

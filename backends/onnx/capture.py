@@ -22,7 +22,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def capture(source: Any, args: Any, dynamic_shapes: Any, progress: Progress) -> Captured:
+def captured_from(source: Any, args: Any, dynamic_shapes: Any, progress: Progress) -> Captured:
     """The graph of ``source``; torch models go through torch's own ONNX exporter into a temporary file.
 
     ``source``: path of an .onnx or .pt2 file or of a model directory, ``package.module:function``, a Graph, an

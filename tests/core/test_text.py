@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from qcompiler.dtypes import F32, TABLE, dtype
 from qcompiler.errors import InputError
 from qcompiler.ir import Atom, Graph, Hole, Loc, OpaqueType, TensorType
-from qcompiler.parse import parse, parse_attrs
 from qcompiler.payload import FilePayload, RandomPayload, constant
+from qcompiler.reader import parse, parse_attrs
 from qcompiler.scheme import Scheme, parse_scheme
 from qcompiler.spec import check
 from qcompiler.text import show, show_attr, show_attrs

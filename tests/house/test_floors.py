@@ -21,7 +21,7 @@ FLOORS: dict[str, int] = {
     "qcompiler.errors": 0,
     "qcompiler.fileio": 1,
     "qcompiler.ir": 0,
-    "qcompiler.parse": 0,
+    "qcompiler.reader": 0,
     "qcompiler.payload": 0,
     "qcompiler.scheme": 0,
     "qcompiler.text": 0,
@@ -34,10 +34,11 @@ FLOORS: dict[str, int] = {
     "qcompiler.spec": 1,
     "qcompiler.target": 1,
     "qcompiler.views": 1,
+    "qcompiler.weights": 1,
+    "qcompiler.canonical": 1,
+    "qcompiler.memory": 1,
     "qcompiler.debug": 2,
     "qcompiler.pipeline": 2,
-    "qcompiler.recipes": 2,
-    "qcompiler.recipes.*": 2,
     # A folder that spans floors: its __init__ has the lowest, since importing any module of it runs that.
     # Findings are records: the pipeline collects them, so they stand below it.
     "qcompiler.verify": 1,
@@ -54,6 +55,8 @@ FLOORS: dict[str, int] = {
     "qcompiler.passes.*": 3,
     "qcompiler.backends": 4,
     "qcompiler.backends.*": 4,
+    # A recipe names passes, so it stands above them.
+    "qcompiler.recipe": 4,
     "qcompiler.checkpoints": 4,
     "qcompiler.checkpoints.*": 4,
     # The report is a record that backends fill; how it is shown stands above them.
@@ -70,7 +73,10 @@ FLOORS: dict[str, int] = {
     "qcompiler.cli_session": 5,
     "qcompiler.cli_tables": 5,
     "qcompiler.cli_values": 5,
-    "qcompiler.demo": 5,
+    "qcompiler.driver": 5,
+    "qcompiler.planning": 5,
+    # The demo shows the whole house, the models beside it too.
+    "qcompiler.demo": 6,
 }
 CORE_FLOOR = 3
 CORE_PACKAGES = frozenset({"numpy", "networkx", "ml_dtypes"})

@@ -9,8 +9,8 @@ import pytest
 
 from qcompiler import recipe
 from qcompiler.backends.onnx import kernels
-from qcompiler.parse import parse
 from qcompiler.pipeline import Context, run
+from qcompiler.reader import parse
 from qcompiler.spec import check
 from qcompiler.text import show
 from tests.support import Golden
@@ -34,6 +34,10 @@ def test_case(case: Path, golden: Golden) -> None:
     check(graph)
     out = show(graph)
     assert show(parse(out)) == out
-    sites = [f"# site {s.name}: {s.op} {s.n}x{s.k} <{s.scheme}> {s.status} {s.reason or ''}".rstrip() for s in ctx.ledger]
-    refusals = [f"# refused {r.rule} {r.site or r.op}: {r.reason.code} {r.reason.message}".rstrip() for r in ctx.refusals]
-    golden(f"passes/{case.name}", "\n".join([*sites, *refusals, out]))
+    sites = [
+        f"# site {s.name}: {s.op} {s.n}x{s.k} <{s.scheme}> {s.status} {s.reason or ''}".rstrip() for s in ctx.ledger
+    ]
+    refusals = [
+        f"# refused {r.rule} {r.site or r.op}: {r.reason.code} {r.reason.message}".rstrip() for r in ctx.refusals
+    ]
+    golden(f"passes/{case.name}", "\n".join([*(line.rstrip() for line in (*sites, *refusals)), out]))
