@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,7 +14,7 @@ import onnx
 from qcompiler.backends.base import Captured, Progress
 from qcompiler.backends.onnx.load import load_onnx
 from qcompiler.errors import InputError
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, Loc
 
 
 def sha256_of(path: Path) -> str:
@@ -63,6 +64,29 @@ def captured_from(source: Any, args: Any, dynamic_shapes: Any, progress: Progres
     )
 
 
+def tied_again(graph: Graph) -> Graph:
+    """const t = transpose of const w  ->  transpose(w)   for the matrices that the torch model stores once."""
+    from qcompiler.backends.torch.to_onnx import TIED
+
+    notes = dict(graph.meta.get("model_metadata_props", ()))
+    for name, weight in json.loads(notes.pop(TIED, "{}")).items():
+        copy, original = graph.local(name), graph.local(weight)
+        if copy is None or original is None or not (copy.is_const and original.is_const):
+            continue
+        made = graph.create(
+            "onnx.Transpose",
+            [original],
+            {"perm": (1, 0)},
+            [(graph.fresh(f"{name}_tied"), copy.type)],
+            loc=Loc(graph.fresh(f"{name}_transpose")),
+            before=next(iter(graph)),
+        )
+        copy.replace_uses(made.result)
+        graph.remove_const(copy)
+    graph.meta["model_metadata_props"] = tuple(notes.items())
+    return graph
+
+
 def _program(path: Path) -> Any:
     import torch
 
@@ -81,7 +105,7 @@ def _exported(
     folder = Path(tempfile.mkdtemp(prefix="qcompiler-"))
     try:
         file = export_onnx(model, _tuple(args), dynamic_shapes, folder / "model.onnx")
-        captured = Captured(load_onnx(file), kind, path, sha256, file)
+        captured = Captured(tied_again(load_onnx(file)), kind, path, sha256, file)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -8,6 +8,7 @@ user's names, each node says in two short properties where it came from, and a f
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ from qcompiler.errors import InputError
 
 OPSET = 21  # the first whose DequantizeLinear takes int4 and blocks
 EXTERNAL_BYTES = 1 << 30
+TIED = "qcompiler.tied"
 SCOPE, SOURCE = "qcompiler.scope", "qcompiler.source"
 _NOISE = ("pkg.torch.onnx.fx_node", "pkg.torch.onnx.stack_trace", "pkg.torch.onnx.class_hierarchy")
 _MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Expand")
@@ -68,12 +70,15 @@ def export_onnx(
         if isinstance(source, nn.Module):
             refuse_fixed(program.exported_program, source.forward, args, dynamic_shapes)
         symbols = {str(s): name for s, name in program_symbols(program.exported_program).items()}
-        lineage = _own_weights(program.model.graph, _aliases(program.exported_program, source))
+        ties: dict[str, str] = {}
+        lineage = _own_weights(program.model.graph, _aliases(program.exported_program, source), ties)
         program.optimize()
         program.rename_axes({s: name for s, name in symbols.items() if s != name})
     _name_folded(program.model.graph, lineage)
     _name_outputs(program.model.graph, _output_names(source, program.exported_program))
     _trim(program.model)
+    if ties:
+        program.model.metadata_props[TIED] = json.dumps(ties)
     _save(program.model, out, external)
     return out
 
@@ -95,9 +100,10 @@ def _aliases(program: ExportedProgram, source: Any) -> dict[str, tuple[str, ...]
     return {name: tuple(group) for group in groups.values() for name in group}
 
 
-def _own_weights(graph: ir.Graph, aliases: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+def _own_weights(graph: ir.Graph, aliases: Mapping[str, tuple[str, ...]], ties: dict[str, str]) -> dict[str, str]:
     """Give each module its weight under its own name, transposed where it is read transposed.
 
+    ``ties`` receives the matrices that the model stores once and reads both ways: transposed name -> name.
     Returns what was computed from one weight alone: the name of the value -> that of the weight. The
     transposes are taken when the file is written, one at a time, so no second copy of the model is made.
     """
@@ -125,9 +131,11 @@ def _own_weights(graph: ir.Graph, aliases: Mapping[str, tuple[str, ...]]) -> dic
                 graph.initializers[own] = weight
         elif turned:
             graph.initializers.pop(weight.name)
-        for value in turned.values():
+        for (_, perm), value in turned.items():
             value.name = _free(str(value.name), graph, ".T")
             graph.initializers[value.name] = value
+            if direct and perm == (1, 0):
+                ties[value.name] = str(weight.name)
     return _lineage(graph)
 
 
