@@ -33,7 +33,7 @@ class Staged:
 
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
-        self._suffixes: list[str] = []
+        self._beside: dict[str, bool] = {}
         self._folder: Path | None = None
 
     @property
@@ -47,10 +47,12 @@ class Staged:
         """Where to write the file that becomes ``out``."""
         return self.folder / self.out.name
 
-    def beside(self, suffix: str) -> Path:
-        """Where to write the file that becomes ``out`` + ``suffix``; it is optional, even after this call."""
-        if suffix not in self._suffixes:
-            self._suffixes.append(suffix)
+    def beside(self, suffix: str, *, bound: bool = True) -> Path:
+        """Where to write the file that becomes ``out`` + ``suffix``, if it is written at all.
+
+        ``bound``: ``out`` is of no use without it (its data, unlike a report on it).
+        """
+        self._beside[suffix] = bound
         return self.folder / (self.out.name + suffix)
 
     def __enter__(self) -> Staged:
@@ -78,14 +80,14 @@ class Staged:
     def commit(self) -> None:
         """Put the files in place, ``out`` last, so that whoever sees ``out`` sees the files that belong to it.
 
-        Where files beside it are replaced, the old ``out`` is removed first: an interruption may leave none, never
+        Where a file bound to it is replaced, the old ``out`` is removed first: an interruption may leave none, never
         one with the data of another.
         """
         with self._explained():
-            extra = [s for s in self._suffixes if (self.folder / (self.out.name + s)).exists()]
+            extra = [s for s in self._beside if (self.folder / (self.out.name + s)).exists()]
             for suffix in ["", *extra]:
                 _sync(self.folder / (self.out.name + suffix))
-            if any(self._target(s).exists() for s in extra):
+            if any(self._beside[s] and self._target(s).exists() for s in extra):
                 self.out.unlink(missing_ok=True)
                 _sync(self.out.parent)
             for suffix in extra:
@@ -117,7 +119,8 @@ class Staged:
             return InputError(f"the disk is full while writing {self.out}; free space or choose another output")
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return InputError(f"{self.out} cannot be written ({error.strerror}); choose another output")
-        return InputError(f"{self.out} cannot be written: {error.strerror or error}")
+        what = f"{error.filename}: " if error.filename is not None else ""
+        return InputError(f"{self.out} cannot be written: {what}{error.strerror or error}")
 
 
 def _sync(path: Path) -> None:

@@ -6,6 +6,7 @@ Nothing here is read until asked for. ``array()`` gives one element per item (an
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 from abc import ABC, abstractmethod
@@ -32,7 +33,7 @@ class Payload(ABC):
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

@@ -229,8 +229,9 @@ class _Encoder:
             else:
                 ops.append(op)
         rope = wire.Rope(proto.SerializeToString())
+        visible = taken | own
         for op, node in zip(ops, self.wired(ops), strict=True):
-            rope.message(1, self.node(op, node, taken | own if op.regions else taken))
+            rope.message(1, self.node(op, node, visible))
         held = [v for v in graph.inputs if v.payload is not None]
         for value in [*held, *reading_order(graph.consts.values())]:
             rope.message(5, self.tensor(value))

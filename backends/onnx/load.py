@@ -51,8 +51,11 @@ def load_onnx(source: str | Path | onnx.ModelProto) -> Graph:
     graph = Graph("main")
     graph.meta = _model_meta(model)
     loader = _Loader(origin, model.ir_version)
-    loader.collect_names(model.graph)
-    loader.fill(graph, _Protos(model.graph, infer_types(model)), None)
+    try:
+        loader.collect_names(model.graph)
+        loader.fill(graph, _Protos(model.graph, infer_types(model)), None)
+    except UnicodeDecodeError as e:
+        raise InputError(f"{origin.label} has a name that is no UTF-8 text ({e.object!r}); export it again") from None
     return graph
 
 
@@ -269,7 +272,9 @@ class _Loader:
 
     def attributes(self, op: Op, node: onnx.NodeProto, typed: onnx.NodeProto, scope: _Scope, where: str) -> None:
         docs = []
-        for attribute, same in zip(node.attribute, typed.attribute, strict=True):
+        inferred = {a.name: a for a in typed.attribute}
+        for attribute in node.attribute:
+            same = inferred.get(attribute.name, attribute)
             name = attribute.name
             if name in op.attrs or name in op.regions:
                 raise InputError(f"{where} has the attribute '{name}' twice")

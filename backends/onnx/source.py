@@ -12,8 +12,13 @@ import onnx.shape_inference
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from qcompiler.backends.onnx import wire
+from qcompiler.backends.onnx.attributes import GRAPHS, attribute_type
 from qcompiler.backends.onnx.tensors import Origin
+from qcompiler.backends.onnx.wiring import subgraphs
 from qcompiler.errors import InputError
+
+NESTED_LIMIT = 1 << 22
+"""Nodes times nested graphs up to which the types inside nested graphs are inferred."""
 
 
 def read_model(source: str | Path | onnx.ModelProto) -> tuple[onnx.ModelProto, Origin]:
@@ -21,8 +26,9 @@ def read_model(source: str | Path | onnx.ModelProto) -> tuple[onnx.ModelProto, O
     if isinstance(source, onnx.ModelProto):
         model, origin = source, Origin(None)
     else:
-        origin = Origin(Path(source), f"qcompiler.inline.{secrets.token_hex(8)}")
-        model = _parse(Path(source), origin)
+        path = Path(source).absolute()
+        origin = Origin(path, f"qcompiler.inline.{secrets.token_hex(8)}")
+        model = _parse(path, origin)
     if not model.HasField("graph"):
         raise InputError(f"{origin.label} is not a readable ONNX model: it has no graph")
     return (_inlined(model, origin) if model.functions else model), origin
@@ -45,6 +51,17 @@ def _parse(path: Path, origin: Origin) -> onnx.ModelProto:
     return model
 
 
+def _without_nested(model: onnx.ModelProto) -> onnx.ModelProto:
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    for node in out.graph.node:
+        if subgraphs(node):
+            kept = [a for a in node.attribute if attribute_type(a) not in GRAPHS]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return out
+
+
 def _inlined(model: onnx.ModelProto, origin: Origin) -> onnx.ModelProto:
     names = ", ".join(sorted({f"{f.domain}.{f.name}" for f in model.functions})[:3])
     try:
@@ -61,8 +78,14 @@ def _inlined(model: onnx.ModelProto, origin: Origin) -> onnx.ModelProto:
 
 
 def infer_types(model: onnx.ModelProto) -> onnx.GraphProto:
-    """The graph of ``model`` with the types that ONNX can infer; the graph itself where inference fails."""
+    """The graph of ``model`` with the types that ONNX can infer; the graph itself where inference fails.
+
+    Inference copies everything known for each nested graph, so very many of those are left out.
+    """
     try:
+        nested = sum(len(subgraphs(n)) for n in model.graph.node)
+        if nested * len(model.graph.node) > NESTED_LIMIT:
+            model = _without_nested(model)
         return onnx.shape_inference.infer_shapes(model, strict_mode=False, data_prop=False).graph
     except Exception:  # a model that inference cannot follow is still a model
         return model.graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,8 @@ def _external(tensor: onnx.TensorProto, origin: Origin, name: str) -> Payload:
     entries = {e.key: e.value for e in tensor.external_data}
     element = dtype_from_onnx(tensor.data_type, where)
     shape = tuple(int(d) for d in tensor.dims)
+    if element.kind == "string":
+        raise InputError(f"{where} holds strings outside of the model, which ONNX does not allow; save it again")
     if origin.token and origin.token in entries:
         assert origin.path is not None
         offset, length = map(int, entries[origin.token].split(":"))
@@ -83,9 +86,7 @@ def _external(tensor: onnx.TensorProto, origin: Origin, name: str) -> Payload:
         path = _external_path(entries.get("location", ""), origin.path, where)
         try:
             offset = int(entries.get("offset", "0"))
-            length = (
-                int(entries["length"]) if "length" in entries else element.nbytes(int(np.prod(shape, dtype=object)))
-            )
+            length = int(entries["length"]) if "length" in entries else element.nbytes(math.prod(shape))
         except ValueError:
             raise InputError(f"{where} has an offset or length that is no number; export the model again") from None
         size = path.stat().st_size
@@ -94,7 +95,7 @@ def _external(tensor: onnx.TensorProto, origin: Origin, name: str) -> Payload:
                 f"{where} needs bytes {offset} to {offset + length} of {path}, which has {size}; "
                 "copy the data file again"
             )
-    payload_bytes = element.nbytes(int(np.prod(shape, dtype=object)))
+    payload_bytes = element.nbytes(math.prod(shape))
     if length != payload_bytes:
         raise InputError(
             f"{where} of type {element}{list(shape)} needs {payload_bytes} bytes, the model gives {length}"

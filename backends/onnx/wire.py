@@ -131,7 +131,7 @@ def strip(view: memoryview, token: str, label: str) -> bytes:
     """
     try:
         return bytes(_strip(view, 0, len(view), "model", token))
-    except _Truncated:
+    except (_Truncated, RecursionError):
         raise InputError(
             f"{label} is not a readable ONNX model: it is cut short or damaged; copy or export it again"
         ) from None
@@ -161,6 +161,8 @@ def _strip_tensor(view: memoryview, at: int, end: int, token: str) -> bytearray:
     for number, wire, _, body, _ in fields:
         if number == _DATA_TYPE and wire == VARINT:
             data_type = _varint_at(view, body, end)[0]
+        elif number == _LOCATION:
+            return bytearray(view[at:end])  # its bytes are elsewhere already, whatever else it holds
     same_layout = {_F32: _FLOATS, _F64: _DOUBLES}.get(data_type)
     found = [f for f in fields if f[0] in (_RAW, same_layout) and f[1] == LENGTH]
     partial = any(f[0] in (_RAW, same_layout) and f[1] != LENGTH for f in fields)
