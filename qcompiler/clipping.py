@@ -21,10 +21,14 @@ Clip = Literal["absmax", "mse"]
 Floats = NDArray[np.float64]
 
 FACTORS: tuple[float, ...] = tuple(1 - i / 40 for i in range(20))
-"""What ``clip="mse"`` shrinks a range by: 1.0, 0.975, ... 0.525. The best of a normal group of 128: 0.85 at 4 bits."""
+"""What ``clip="mse"`` shrinks a range by: 1.0, 0.975, ... 0.525. For 128 normal weights it finds about 0.9 at 4 bits, 0.6
+at 2 and 1.0 at 8."""
 
 CHUNK = 1024
 """Squared errors along the reduction axis are added in chunks of this length: the largest group a scheme may have."""
+
+STRIP = 1 << 17
+"""Errors of so many elements at a time: they and two buffers stay near the second-level cache."""
 
 
 def check_integer(scheme: Scheme) -> None:
@@ -130,8 +134,12 @@ def best_factor(errors: Floats) -> Floats:
 
 def search_range(x: Array, lo: Floats, hi: Floats, scheme: Scheme, element: DType) -> tuple[Floats, Floats]:
     """The range ``[Q]`` that loses least of each column of ``x[L, Q]``, of any length L; a column is a whole group."""
-    errors = np.zeros((len(FACTORS), x.shape[1]))
-    for at in range(0, len(x), CHUNK):
-        errors += shrink_errors(x[at : at + CHUNK], lo, hi, scheme, element)
-    factor = best_factor(errors)
+    factor = np.empty(x.shape[1])
+    wide = max(1, STRIP // min(max(len(x), 1), CHUNK))
+    for c in range(0, x.shape[1], wide):
+        part = slice(c, c + wide)
+        errors = np.zeros((len(FACTORS), len(factor[part])))
+        for at in range(0, len(x), CHUNK):
+            errors += shrink_errors(x[at : at + CHUNK, part], lo[part], hi[part], scheme, element)
+        factor[part] = best_factor(errors)
     return lo * factor, hi * factor

@@ -236,7 +236,7 @@ class _Job:
         if self.along == 0:
             return np.concatenate([op.reduce(part, axis=1) for part, _ in self._parts(x)]).astype(np.float64)
         # reduceat is several times faster than a reduction of short rows, and fastest on one long row
-        if x.flags.c_contiguous and x.shape[1] % self.size == 0:
+        if x.shape[1] % self.size == 0:
             found = op.reduceat(x.reshape(-1), np.arange(0, x.size, self.size)).reshape(x.shape[0], -1)
         else:
             found = op.reduceat(x, np.arange(0, x.shape[1], self.size), axis=1)
@@ -275,9 +275,9 @@ class _Job:
     # -- codes -----------------------------------------------------------------------------------------------
 
     def _encode(self, x: Array, tile: Tile, buffers: Buffers) -> None:
-        """Codes of a tile whose parameters are known, and its sums."""
+        """Codes of a tile whose parameters are known, and its sums. ``x``, a buffer, is overwritten."""
         where, work = self._params(tile), self.reader.work
-        steps, codes = buffers.floats(1, tile.shape), buffers.floats(2, tile.shape)
+        steps, codes = x, buffers.floats(1, tile.shape)
         zero = None if self.zero is None else self.zero[where].astype(work)
         self._broadcast(np.divide, x, self.scale[where].astype(work), steps)
         squares = self._squares(steps)

@@ -19,7 +19,7 @@ from qcompiler.clipping import work_dtype
 from qcompiler.dtypes import F16, Array
 from qcompiler.payload import Payload
 
-TILE = 1 << 18
+TILE = 1 << 19
 """Elements in a tile: smaller ones cost more in calls, larger ones more in the third-level cache."""
 
 COLUMNS = 512
@@ -68,10 +68,10 @@ def tiles(shape: tuple[int, int], high: int, wide: int) -> Iterator[Tile]:
 
 
 class Buffers:
-    """What one thread works in: three tiles of the work dtype, one of codes. Pages never touched cost nothing."""
+    """What one thread works in: two tiles of the work dtype, one of codes. Pages never touched cost nothing."""
 
     def __init__(self, largest: int, highest: int, work: np.dtype[Any], code: np.dtype[Any]) -> None:
-        self._floats = [np.empty(largest, work) for _ in range(3)]
+        self._floats = [np.empty(largest, work) for _ in range(2)]
         self._codes = np.empty(largest + PAD * highest, code)
 
     def floats(self, index: int, shape: tuple[int, int]) -> Array:
@@ -97,8 +97,8 @@ class Reader:
         )  # a payload without rows of its own would compute all each time
         self._array = None if streams else payload.array()
 
-    def read(self, tile: Tile, buffer: Array) -> Array:
-        """The values of ``tile``: a view of the source where that holds them as they are wanted, else ``buffer``."""
+    def read(self, tile: Tile, out: Array) -> Array:
+        """The values of ``tile`` in ``out``, where later passes over them find them in the cache."""
         rows = tile.rows
         step = rows.stop - rows.start
         if self._array is None:
@@ -106,15 +106,12 @@ class Reader:
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
             source = self.payload.rows(start, stop) if self._array is None else self._array[start:stop]
-            raw = source[:, tile.cols]
-            if raw.dtype == self.work and raw.flags.aligned and len(raw) == rows.stop - rows.start:
-                return raw
-            target = buffer[start - rows.start : stop - rows.start]
+            raw, target = source[:, tile.cols], out[start - rows.start : stop - rows.start]
             if self.element is F16:
                 widen_f16(raw, target)
             else:
                 np.copyto(target, raw)
-        return buffer
+        return out
 
 
 def widen_f16(raw: Array, out: Array) -> None:
