@@ -20,7 +20,7 @@ from qcompiler.weights import WeightQuantization
 
 QUANTIZED_OPS = re.compile(
     r"q\.|.*(QuantizeLinear|DequantizeLinear|QLinear\w+|MatMulInteger\w*|DynamicQuantize\w+|MatMulNBits|MatMulBnb4"
-    r"|QGemm|QMoE|QAttention|GatherBlockQuantized|ConvInteger)\Z|quantized_decomposed\.|torchao\."
+    r"|QGemm|QMoE|QAttention|GatherBlockQuantized|ConvInteger|Quant|BipolarQuant)\Z|quantized_decomposed\.|torchao\."
 )
 _ANONYMOUS = re.compile(r"(val_|onnx::\w+_|const(ant)?_?|_|t_|permute_|transpose_)?\d+(_\w+)?\Z")
 
@@ -39,8 +39,9 @@ class Found:
 
 def site_name(op: Op, weight: Value, *, shared: bool = False) -> str:
     """The weight's name without ``.weight``; where it is anonymous or shared, the op's module path or node name."""
-    plain = re.sub(r"[._/](weight|kernel|W|w)\Z", "", weight.name)
-    if _ANONYMOUS.match(weight.name) or shared:
+    name = str(weight.meta.get("origin", weight.name))
+    plain = re.sub(r"[._/](weight|kernel|W|w)\Z", "", name)
+    if _ANONYMOUS.match(name) or shared:
         return op.loc.scope or op.loc.name or plain
     return plain
 
@@ -140,6 +141,10 @@ class InsertQdq(Pass):
                 if glob not in hits and not any(matches(f.name, [glob]) for f in found):
                     has = f"sites are: {names}" if found else "the model has no linear or embedding weight"
                     raise RecipeError(f"QC402: insert-qdq.{key} = {glob!r} matched nothing; {has}")
+        if found and not wanted and not any(matches(f.name, self.skip) for f in found):
+            reasons = {f.reason: f for f in found}
+            text = "; ".join(f"'{f.name}': {reason}" for reason, f in list(reasons.items())[:3])
+            raise RecipeError(f"QC402: insert-qdq found {len(found)} weights and can quantize none of them: {text}")
         return wanted
 
     def _skip(self, f: Found, ledger: Ledger, reason: str) -> None:
