@@ -76,8 +76,8 @@ def llama() -> Sample:
 
 
 def llama_tied() -> Sample:
-    """Llama whose head is its embedding."""
-    return _causal("LlamaConfig", "LlamaForCausalLM", **_gated(tie_word_embeddings=True))
+    """One layer of llama whose head is its embedding."""
+    return _causal("LlamaConfig", "LlamaForCausalLM", **_gated(tie_word_embeddings=True, num_hidden_layers=1))
 
 
 def qwen3() -> Sample:

@@ -17,6 +17,23 @@ _HIDDEN = {
     "aten.miopen_batch_norm.default": (5, (3, 4)),
     "aten.instance_norm.default": (5, (3, 4)),
 }
+# Schemas that do not say that a result may be an argument itself or a view of it.
+_HIDDEN_VIEWS = frozenset(
+    f"aten.{name}"
+    for name in [
+        "dropout",
+        "alpha_dropout",
+        "feature_dropout",
+        "feature_alpha_dropout",
+        "type_as",
+        "atleast_1d",
+        "atleast_2d",
+        "atleast_3d",
+        "broadcast_tensors",
+        "meshgrid",
+        "einsum",
+    ]
+)
 
 
 def written_placeholders(module: fx.GraphModule) -> set[str]:
@@ -73,17 +90,17 @@ def _viewed(node: fx.Node) -> list[fx.Node]:
     """The argument nodes of which a result may be a view (or the argument itself)."""
     if not isinstance(node.target, OpOverload):
         return list(node.all_input_nodes)  # getitem of a list of views
-    labels: set[str] = set()
+    if op_name(node.target).rpartition(".")[0] in _HIDDEN_VIEWS:
+        return list(node.all_input_nodes)
+    labels = {"*"}  # what a list of views is of
     for result in node.target._schema.returns:
-        if result.alias_info is not None:
-            labels |= set(result.alias_info.before_set) | set(result.alias_info.after_set)
-    return [
-        n
-        for argument, value in _bound(node)
-        if argument.alias_info is not None
-        and labels & (set(argument.alias_info.before_set) | set(argument.alias_info.after_set))
-        for n in _nodes(value)
-    ]
+        labels |= _labels(result)
+    return [n for argument, value in _bound(node) if labels & _labels(argument) for n in _nodes(value)]
+
+
+def _labels(argument: Any) -> set[str]:
+    info = argument.alias_info
+    return set() if info is None else {*info.before_set, *info.after_set}
 
 
 def _bound(node: fx.Node) -> list[tuple[Any, Any]]:

@@ -24,8 +24,8 @@ from qcompiler.backends.torch.specs import parse_spec, spec_text
 from qcompiler.backends.torch.stack import source_line
 from qcompiler.errors import InputError
 from qcompiler.ir import Atom, Graph, TensorType
-from qcompiler.parse import parse
 from qcompiler.payload import ArrayPayload, BytesPayload, constant
+from qcompiler.reader import parse
 from qcompiler.text import show
 from tests.backends.torch.exports import assert_same, program, sample
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,27 @@ from tests.backends.torch.exports import ZOO, program, sample, second
 from tests.zoo import token_ids
 
 TOLERANCE = 1e-5  # of the largest value
-FOLDER: dict[str, Path] = {}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("onnx")
+    """Where exported models are kept, shared by the processes of one run."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "zoo"
+    shared.mkdir(exist_ok=True)
+    return shared
 
 
 def exported(name: str, folder: Path) -> Path:
-    """The ONNX file of a zoo model, made once a process."""
-    if name not in FOLDER:
-        FOLDER[name] = export_onnx(*sample(name), folder / f"{name}.onnx")
-    return FOLDER[name]
+    """The ONNX file of a zoo model, made by whichever process needs it first."""
+    path = folder / f"{name}.onnx"
+    return path if path.exists() else export_onnx(*sample(name), path)
 
 
 def run(path: Path, args: tuple[Any, ...]) -> list[Any]:
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1  # models this small only spin on more
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     return list(session.run(None, dict(zip(names, (a.numpy() for a in args), strict=True))))
 
