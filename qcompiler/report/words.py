@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -104,9 +105,10 @@ def site_alike(site: Site) -> Hashable:
 
 
 def finding_alike(finding: Finding) -> Hashable:
-    """Equal for two findings of one kind; the message may name the op, so the op's name is taken out of it."""
-    message = finding.message.replace(finding.op, "") if finding.op else finding.message
-    return (finding.code, finding.severity, message, finding.reason, finding.fix)
+    """Equal for two findings that differ in nothing but names and numbers."""
+    name = rf"(?<!\w){re.escape(finding.op)}(?!\w)|" if finding.op else ""
+    forms = (re.sub(rf"{name}'[^']*'|\d+", "", text) for text in (finding.message, finding.reason, finding.fix))
+    return (finding.code, finding.severity, *forms)
 
 
 def grouped(items: Iterable[T], alike: Sequence[Hashable]) -> list[list[T]]:

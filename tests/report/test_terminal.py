@@ -2,6 +2,7 @@
 
 import io
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from qcompiler.report.terminal import ROWS, print_report, report_text, site_rows
 from qcompiler.report.words import (
     bytes_text,
     decibel_text,
+    finding_groups,
     human_bytes,
     human_seconds,
     kernel_text,
@@ -17,6 +19,7 @@ from qcompiler.report.words import (
     site_groups,
 )
 from qcompiler.sites import Site
+from qcompiler.verify.findings import Finding, Severity
 from tests.report.samples import decoder, fused, rejected, skipped, small
 from tests.support import Golden
 
@@ -69,6 +72,20 @@ def test_sites_that_differ_in_what_runs_are_not_alike() -> None:
     b.kernel = {"decode": "ort-cpu/other", "prefill": "ort-cpu/other"}
     c.evidence = "static"
     assert [len(g) for g in site_groups([a, b, c, d])] == [2, 1, 1]
+
+
+def test_findings_that_differ_in_names_and_numbers_are_alike() -> None:
+    def left(op: str, n: int, fix: str = "skip it") -> Finding:
+        return Finding("QC203", op, f"linear {n}x256 feeds '{op}.out'", f"needs N % 8 == 0, got {n}", fix)
+
+    given = [left("a", 10), left("b", 20), left("c", 20, "pad it"), replace(left("d", 10), severity="warning")]
+    assert [[f.op for f in g] for g in finding_groups(given)] == [["a", "b"], ["c"], ["d"]]
+
+
+def test_findings_stand_in_order_of_severity() -> None:
+    kinds: list[Severity] = ["info", "warning", "error"]
+    given = [Finding("QC101", kind, "left", severity=kind) for kind in kinds]
+    assert [g[0].op for g in finding_groups(given)] == ["error", "warning", "info"]
 
 
 def test_markup_in_names_is_text() -> None:
