@@ -70,12 +70,18 @@ class Staged:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
-        if isinstance(error, OSError):
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and self._concerns(error, folder):
             raise self._explain(error) from error
         return False
+
+    def _concerns(self, error: OSError, folder: Path | None) -> bool:
+        """True for a full disk and for errors on the staged files; another file's trouble is not about ``out``."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        return folder is None or error.filename is None or str(folder) in os.fsdecode(error.filename)
 
     def commit(self) -> None:
         """Put the files in place, ``out`` last, so that whoever sees ``out`` sees the files that belong to it.
