@@ -21,8 +21,8 @@ Clip = Literal["absmax", "mse"]
 Floats = NDArray[np.float64]
 
 FACTORS: tuple[float, ...] = tuple(1 - i / 40 for i in range(20))
-"""What ``clip="mse"`` shrinks a range by: 1.0, 0.975, ... 0.525. For 128 normal weights it finds about 0.9 at 4 bits, 0.6
-at 2 and 1.0 at 8."""
+"""What ``clip="mse"`` shrinks a range by: 1.0, 0.975, ... 0.525. For 128 normal weights it finds about 0.9 at 4 bits,
+0.6 at 2 and 1.0 at 8."""
 
 CHUNK = 1024
 """Squared errors along the reduction axis are added in chunks of this length: the largest group a scheme may have."""
