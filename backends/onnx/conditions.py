@@ -63,6 +63,7 @@ NBITS = frozenset({MS + "MatMulNBits"})
 BNB4 = frozenset({MS + "MatMulBnb4"})
 TABLE = frozenset({MS + "GatherBlockQuantized"})
 MOE = frozenset({MS + "QMoE"})
+CACHE = frozenset({MS + "GroupQueryAttention"})
 INTEGER = _names(DEFAULT, "QLinearMatMul MatMulInteger QLinearConv ConvInteger") | _names(
     MS, "DynamicQuantizeMatMul MatMulIntegerToFloat QGemm QLinearConv QAttention"
 )
@@ -170,13 +171,14 @@ def _table_block(n: LowBit, s: Setting) -> str | None:
 def _moe_rows(n: LowBit, s: Setting) -> str | None:
     if n.block is None:
         return "without block_size (one scale a row) the weight of each active expert is expanded"
-    return f"2-bit codes in blocks of {n.block} are expanded" if n.bits == 2 and n.block == 16 else None
+    return f"2-bit codes in blocks of {n.block} are expanded for each active expert" if n.bits == 2 else None
 
 
-def _moe_lut(n: LowBit, s: Setting) -> str | None:
-    if n.bits != 2 or n.block is None or (n.n % 128 == 0 and n.k % n.block == 0):
-        return None
-    return f"the 2-bit kernel needs N % 128 == 0 and K % {n.block} == 0, got N={n.n} K={n.k}"
+def _cache_cuda(n: LowBit, s: Setting) -> str | None:
+    """Only the decode kernel reads a cache of 8 bits as it is stored."""
+    if n.bits == 4:
+        return "an int4 cache is expanded before attention"
+    return f"a phase has M={s.m_max} rows, and only decode (M=1) reads the cache as stored" if s.m_max > 1 else None
 
 
 def _block_scales(n: LowBit, s: Setting) -> str | None:
@@ -255,8 +257,8 @@ CONDITIONS: tuple[Condition, ...] = (
     Condition("QC104", "dequant", BNB4, _bnb4_cuda, "use MatMulNBits", CUDA),
     Condition("QC205", "error", TABLE, _table_layout, "store the table as [V, K] and set gather_axis 0"),
     Condition("QC202", "error", TABLE, _table_block, "quantize with groups of 16, 32, 64, 128 or 256"),
-    Condition("QC104", "dequant", MOE, _moe_rows, "quantize the experts in blocks of 32, 64 or 128", CPU),
-    Condition("QC104", "dequant", MOE, _moe_lut, "use 4 bits for these experts", CPU),
+    Condition("QC104", "dequant", MOE, _moe_rows, "quantize the experts to 4 or 8 bits in blocks of 32 to 128", CPU),
+    Condition("QC104", "dequant", CACHE, _cache_cuda, "keep the cache in the activation's type", CUDA),
     Condition(
         "QC303", "wrong", INTEGER, _block_scales, "quantize with one scale an output channel, or use MatMulNBits"
     ),

@@ -7,6 +7,7 @@ the graph is one that the runtime has optimized already.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -27,6 +28,8 @@ from qcompiler.verify.static import Rules
 
 ROW_OPS = {MS + "MatMulNBits": "q.linear", MS + "GatherBlockQuantized": "q.embedding"}
 SESSION_KEY = "qcompiler.session"
+NO_SITES = frozenset({"elementwise", "cache"})
+"""Kinds of node that hold no weight."""
 
 
 @dataclass
@@ -208,10 +211,7 @@ def judge_fusion(fusion: Fusion, setting: Setting) -> NodeVerdict:
 
 
 def _size(shape: tuple[int, ...] | None) -> int:
-    out = 1
-    for d in shape or (0,):
-        out *= d
-    return out
+    return 0 if shape is None else math.prod(shape)
 
 
 def _zero(dq: Op) -> bool:
@@ -270,19 +270,20 @@ def _ask_integer(out: NodeVerdict, dq: Op, fusion: Fusion, setting: Setting) -> 
 class Judgement:
     """Every low-bit node of a graph and everything that was found."""
 
+    graph: Graph
     nodes: list[NodeVerdict] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     @property
     def sites(self) -> list[Site]:
-        return [v.site() for v in self.nodes if v.kind != "elementwise"]
+        return [v.site() for v in self.nodes if v.kind not in NO_SITES]
 
 
 def examine(graph: Graph, target: Target, phases: Sequence[Phase] = PHASES, *, final: bool = False) -> Judgement:
     """Judge ``graph`` node by node. ``final``: the runtime has optimized it, so what is left unfused stays so."""
     setting = Setting(target, tuple(phases), session_of(graph))
     seen = Forecast() if final else forecast(graph)
-    out = Judgement([judge_node(node, setting) for node in low_bit_nodes(graph)])
+    out = Judgement(graph, [judge_node(node, setting) for node in low_bit_nodes(graph)])
     out.nodes += [judge_fusion(f, setting) for f in seen.fusions]
     out.findings = [f for v in out.nodes for f in v.findings]
     rules = Rules(graph, seen.absorbed)
@@ -334,6 +335,8 @@ def sites_of(graph: Graph) -> list[Site]:
     """The low-bit nodes of ``graph`` as sites with their stored bytes; no kernel is asked."""
     out = []
     for node in low_bit_nodes(graph):
+        if node.kind in NO_SITES:
+            continue
         site = Site(node.op.label, node.kind, node.n, node.k, node.n * node.k * 4, node.scheme_text)
         site.bytes = node.sizes()
         out.append(site)

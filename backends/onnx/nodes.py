@@ -50,6 +50,7 @@ PLACES: dict[str, Places] = {
     DEFAULT + "ConvInteger": Places("conv", 0, 1, None, 3, None, None, 2),
     MS + "QAttention": Places("linear", 0, 1, 4, 7, 2, 3, 6),
     MS + "DynamicQuantizeLSTM": Places("recurrent", 0, 1, 8, 9),
+    MS + "GroupQueryAttention": Places("cache", 0, 3, 12),
     MS + "MatMulBlockQuantizedFp8Weight": Places("linear", 0, 1, 2),
     MS + "MatMulBlockQuantizedFp4Weight": Places("linear", 0, 1, 2),
     MS + "MatMulFpQ4": Places("linear", 0, 1, None),
@@ -57,7 +58,7 @@ PLACES: dict[str, Places] = {
     MS + "MatMulNBitsMlp": Places("linear", 0, 1, 2),
     MS + "MatMulNBitsQkv": Places("linear", 0, 1, 2),
 }
-"""Every op that keeps a weight in few bits. Ops whose name starts with QOrdered are read like MatMulBnb4."""
+"""Every op that keeps a weight, or a cache, in few bits. Ops whose name starts with QOrdered are products too."""
 
 BLOCKED = frozenset({MS + "MatMulNBits", MS + "MatMulBnb4", MS + "GatherBlockQuantized", MS + "QMoE"})
 """Ops that say in attributes how the codes are packed."""
@@ -175,6 +176,8 @@ def low_bit(op: Op) -> LowBit | None:
         return None
     codes = op.operand(places.codes)
     element = None if codes is None else codes.tensor.dtype
+    if places.kind == "cache" and (element is None or element.bits > 8):
+        return None
     scales = None if places.scales is None else op.operand(places.scales)
     zero = _zero_kind(None if places.zeros is None else op.operand(places.zeros))
     n, k = _shape(op, places, codes)
@@ -200,6 +203,9 @@ def _packing(op: Op, element: DType | None) -> tuple[int, int | None]:
     if op.name == MS + "GatherBlockQuantized":
         bits = attrs.get("bits", 4) if element is not None and element.name == "uint8" else width
         return (bits if isinstance(bits, int) else 4), block or 128
+    if op.name == MS + "GroupQueryAttention":
+        width = attrs.get("kv_cache_bit_width", 0) or (4 if element is not None and element.name == "uint8" else width)
+        return (width if isinstance(width, int) else 8), None
     if op.name == MS + "QMoE":
         bits = attrs.get("expert_weight_bits", 4)
         return (bits if isinstance(bits, int) else 4), block
@@ -221,7 +227,7 @@ def _shape(op: Op, places: Places, codes: Value | None) -> tuple[int, int]:
     if isinstance(attrs.get("N"), int) and isinstance(attrs.get("K"), int):
         return attrs["N"], attrs["K"]
     shape = None if codes is None else codes.tensor.static_shape
-    if not shape:
+    if not shape or places.kind == "cache":
         return 0, 0
     if op.name == MS + "GatherBlockQuantized":
         element = codes.tensor.dtype if codes is not None else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from qcompiler.dtypes import Array
 from qcompiler.ir import Dim, Op, Value
 from qcompiler.verify.static import MOVES
 
@@ -120,8 +121,22 @@ def weight_of(value: Value | None) -> tuple[Op, tuple[Op, ...]] | None:
     return None
 
 
+def settled(value: Value | None) -> Value | None:
+    """``value`` itself, or what it is an identity of: the optimizer drops those first."""
+    while value is not None and value.owner is not None and value.owner.name == "onnx.Identity":
+        value = value.owner.operand(0)
+    return value
+
+
 def is_constant(value: Value | None) -> bool:
-    return value is not None and value.is_const
+    found = settled(value)
+    return found is not None and found.is_const
+
+
+def constant_array(value: Value | None) -> Array | None:
+    """The values of a constant; None for anything else."""
+    found = settled(value)
+    return found.payload.array() if found is not None and found.is_const and found.payload is not None else None
 
 
 def scale_is_f32(dq: Op) -> bool:
@@ -131,7 +146,7 @@ def scale_is_f32(dq: Op) -> bool:
 def readers(dq: Op) -> int:
     """How many places read codes of ``dq`` after it: its own uses, and those of other dequantizes of the same codes."""
     codes = dq.operand(0)
-    others = [] if codes is None or codes.is_const else [u for u in codes.users if u.name in DQ]
+    others = [] if codes is None or is_constant(codes) else [u for u in codes.users if u.name in DQ]
     return sum(len(o.results[0].uses) for o in others or [dq])
 
 
@@ -190,15 +205,12 @@ def tail_of(op: Op) -> Tail:
 
 def _redundant(clip: Op, quantize: Op) -> bool:
     """A Relu before a quantize whose zero point is the smallest code."""
-    zero = quantize.operand(2)
     if clip.name != "onnx.Relu":
         return False
-    if zero is None:
+    if quantize.operand(2) is None:
         return code_type(quantize) in ("uint8", "")
-    if zero.payload is None or not zero.is_const:
-        return False
-    lowest = {"uint8": 0, "int8": -128}.get(zero.payload.dtype.name)
-    return lowest is not None and bool((zero.payload.array() == lowest).all())
+    zeros, lowest = constant_array(quantize.operand(2)), {"uint8": 0, "int8": -128}.get(code_type(quantize))
+    return zeros is not None and lowest is not None and bool((zeros == lowest).all())
 
 
 def same_parameters(a: Op, b: Op) -> bool:
@@ -207,13 +219,12 @@ def same_parameters(a: Op, b: Op) -> bool:
 
 
 def _equal(a: Value | None, b: Value | None) -> bool:
-    if a is b:
+    if settled(a) is settled(b):
         return True
-    if a is None or b is None or a.payload is None or b.payload is None or not (a.is_const and b.is_const):
+    left, right = constant_array(a), constant_array(b)
+    if left is None or right is None or left.size != 1 or right.size != 1:
         return False
-    if a.payload.size != 1 or b.payload.size != 1:
-        return False
-    return bool(a.payload.array().reshape(-1)[0] == b.payload.array().reshape(-1)[0])
+    return bool(left.reshape(-1)[0] == right.reshape(-1)[0])
 
 
 def behind_movement(value: Value) -> Iterator[Op]:

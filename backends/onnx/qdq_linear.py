@@ -17,6 +17,7 @@ from qcompiler.backends.onnx.qdq import (
     behind_movement,
     block_scales,
     code_type,
+    constant_array,
     dequantize_of,
     element,
     is_constant,
@@ -241,10 +242,10 @@ def _gemm(p: Product, xdq: Op, wdq: Op, dynamic: bool, *, quantized: bool) -> st
 
 def bias_scale_fits(bias: Op, x: Op, w: Op) -> bool:
     """The int32 bias counts in steps of x scale times w scale; True where that cannot be read."""
-    scales = [d.operand(1) for d in (bias, x, w)]
-    if any(s is None or s.payload is None or not s.is_const for s in scales):
+    scales = [constant_array(d.operand(1)) for d in (bias, x, w)]
+    if any(s is None for s in scales):
         return True
-    b, a, c = (np.asarray(s.payload.array(), np.float64).reshape(-1) for s in scales if s is not None and s.payload)
+    b, a, c = (s.astype(np.float64).reshape(-1) for s in scales if s is not None)
     return bool(np.all(np.abs(b - a * c) <= 1e-3 * np.abs(a * c)))
 
 

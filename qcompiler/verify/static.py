@@ -10,7 +10,7 @@ is not quantized again), and the dequantize of rows that were looked up before t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -148,10 +148,7 @@ def source_of(value: Value) -> tuple[Value, bool]:
 def count(value: Value) -> int:
     """Elements of a value of static shape, else 0."""
     shape = value.tensor.static_shape
-    out = 1
-    for d in shape or (0,):
-        out *= d
-    return out
+    return 0 if shape is None else math.prod(shape)
 
 
 def describe(value: Value) -> str:
@@ -303,10 +300,15 @@ class Rules:
         return constant, out
 
     def scales(self, op: Op, value: Value) -> bool:
-        """Arithmetic of ``value`` with constants or with something a quarter of its size or less: a scale."""
-        size = count(value)
+        """Arithmetic of ``value`` with constants or with something a quarter of its size or less: a scale.
+
+        A matrix may also meet a tensor of unknown shape: activations are not what constants are multiplied with.
+        """
         others = [v for v in op.operands if v is not None and v is not value]
-        return is_arithmetic(op) and all(_constant(v) or (0 < count(v) * 4 <= size) for v in others)
+        free = (value.tensor.rank or 9) <= 2
+        return is_arithmetic(op) and all(
+            _constant(v) or (free if v.tensor.static_shape is None else count(v) * 4 <= count(value)) for v in others
+        )
 
     # -- activations -----------------------------------------------------------------------------------------
 
@@ -317,7 +319,8 @@ class Rules:
         maker = source.owner
         quantized = maker is not None and is_quantize(maker)
         kernel = maker is not None and (is_integer_kernel(maker) or maker.name in _ORDER_KEEPERS)
-        users = [r for r in reached(op.results[0], self.moves) if r.op not in self.absorbed]
+        every = reached(op.results[0], self.moves)
+        users = [r for r in every if r.op not in self.absorbed]
         for r in users:
             if is_quantize(r.op):
                 self.requantized(op, r)
@@ -327,7 +330,7 @@ class Rules:
                 self.product(op, r, cache=not quantized and not kernel)
             elif quantized or self.quantized_again(r.op):
                 self.island(op, r.op, maker if quantized else None)
-        if quantized and not users and maker is not None and not looked_up:
+        if quantized and not every and maker is not None and not looked_up:
             message = f"{base_name(maker)} '{maker.label}' and {base_name(op)} stand behind one another"
             self.add("QC107", op, message, "nothing between them computes on the codes", FIX_PAIR, "warning")
 
@@ -383,6 +386,10 @@ def find_unfused(graph: Graph, absorbed: AbstractSet[Op] = frozenset()) -> list[
     return Rules(graph, absorbed).run()
 
 
-def dequantizes(graph: Graph) -> Iterator[Op]:
-    """Every op that dequantizes, regions included."""
-    return (op for op in graph.walk() if is_dequantize(op))
+def find_spelled_out(graph: Graph) -> list[Finding]:
+    """Only the dequantizes that are written as casts and arithmetic: optimizers fold them and leave no trace."""
+    rules = Rules(graph)
+    for op in graph.walk():
+        if op.name in CASTS and op.results:
+            rules.arithmetic(op)
+    return rules.findings

@@ -1,4 +1,4 @@
-"""Build small quantized ONNX graphs by hand: nothing of the product is used, so its verdicts can be compared with them."""
+"""Build small quantized ONNX graphs by hand, without anything of the product whose verdicts they test."""
 
 from __future__ import annotations
 
@@ -84,12 +84,9 @@ def tensor(name: str, values: Any, element: int | None = None) -> TensorProto:
 def pack(codes: Array, bits: int) -> Array:
     """Codes to bytes, element 0 in the low bits, by arithmetic on whole numbers."""
     per = 8 // bits
-    flat = [int(c) % (1 << bits) for c in codes.reshape(-1)]
-    flat += [0] * (-len(flat) % per)
-    return np.array(
-        [sum(c << (bits * i) for i, c in enumerate(flat[at : at + per])) for at in range(0, len(flat), per)],
-        np.uint8,
-    )
+    flat = codes.reshape(-1).astype(np.int64) % (1 << bits)
+    lanes = np.append(flat, np.zeros(-flat.size % per, np.int64)).reshape(-1, per)
+    return (lanes * (1 << (bits * np.arange(per)))).sum(axis=1).astype(np.uint8)
 
 
 def rng(*seed: int) -> np.random.Generator:

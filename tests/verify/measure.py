@@ -7,7 +7,6 @@ expanded weight, or when a float operation runs on a dequantized tensor.
 from __future__ import annotations
 
 import csv
-import json
 import os
 import pickle
 import subprocess
