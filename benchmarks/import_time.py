@@ -82,7 +82,7 @@ def main() -> None:
             "commit": commit(),
             "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
             "versions": {"python": platform.python_version()} | {n: version(n) for n in ("typer", "rich")},
-            "settings": {"runs": a.runs, "warm_up": 1, "interleaved": True},
+            "settings": {"runs": a.runs, "warm_up": 1, "interleaved": True, "load_average": os.getloadavg()[0]},
             "modules_loaded_by_help": loaded(),
             "rows": rows,
         }
