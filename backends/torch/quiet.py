@@ -14,6 +14,7 @@ from qcompiler.errors import Error, InputError
 
 _HINTS = {
     "transformers::grouped_mm_fallback": "build the model with experts_implementation='batched_mm'",
+    "has no attribute 'name'": "its results must all be tensors",
     "data-dependent": "a branch or a size depends on a tensor's values; write it with torch.cond or torch.where",
 }
 _OVERLOAD = re.compile(r"<OpOverload\(op='([\w.]+)', overload='(\w+)'\)>")
@@ -77,7 +78,7 @@ def _telling(text: str) -> str:
     lines = [s for line in text.splitlines() if (s := line.strip()) and not s.startswith(_NOISE)]
     if not lines:
         return ""
-    first = lines[0]
+    first = lines[0].split(" For more information, run with TORCH_LOGS")[0]
     bullet = next((s for s in lines[1:4] if s.startswith("- ")), None)
     if bullet is not None and ("violated" in first or first.endswith(":")):
         first = f"{first} {bullet[2:]}"

@@ -20,6 +20,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
 
 from qcompiler.backends.torch.dims import program_symbols, refuse_fixed
 from qcompiler.backends.torch.quiet import one_sentence
@@ -31,6 +32,7 @@ EXTERNAL_BYTES = 1 << 30
 TIED = "qcompiler.tied"
 SCOPE, SOURCE = "qcompiler.scope", "qcompiler.source"
 _NOISE = ("pkg.torch.onnx.fx_node", "pkg.torch.onnx.stack_trace", "pkg.torch.onnx.class_hierarchy")
+_WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 _MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Expand")
 
 
@@ -67,6 +69,7 @@ def export_onnx(
         )
         if program is None or program.exported_program is None:
             raise InputError("the exporter returned nothing")
+        _refuse_state(program.exported_program, label)
         if isinstance(source, nn.Module):
             refuse_fixed(program.exported_program, source.forward, args, dynamic_shapes)
         symbols = {str(s): name for s, name in program_symbols(program.exported_program).items()}
@@ -77,10 +80,23 @@ def export_onnx(
     _name_folded(program.model.graph, lineage)
     _name_outputs(program.model.graph, _output_names(source, program.exported_program))
     _trim(program.model)
-    if ties:
+    if ties := {
+        turned: name for turned, name in ties.items() if {turned, name} <= set(program.model.graph.initializers)
+    }:
         program.model.metadata_props[TIED] = json.dumps(ties)
     _save(program.model, out, external)
     return out
+
+
+def _refuse_state(program: ExportedProgram, label: str) -> None:
+    """InputError when the model writes to what it was given: the exporter drops that without a word."""
+    for spec in program.graph_signature.output_specs:
+        if spec.kind in _WRITES:
+            what = "argument" if spec.kind is OutputKind.USER_INPUT_MUTATION else "buffer"
+            raise InputError(
+                f"{label} writes to its {what} {spec.target!r}, and an ONNX graph keeps no state; "
+                "take it as an argument and return the new value"
+            )
 
 
 # -- weights -------------------------------------------------------------------------------------------------
@@ -113,7 +129,7 @@ def _own_weights(graph: ir.Graph, aliases: Mapping[str, tuple[str, ...]], ties: 
         names = aliases[weight.name]
         turned: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
         for node in [use.node for use in weight.uses()]:
-            if node.op_type != "Transpose" or (perm := _perm(node)) is None:
+            if node.op_type != "Transpose" or node.graph is not graph or (perm := _perm(node)) is None:
                 continue
             name = _name_for(node, names)
             value = turned.get((name, perm))
@@ -197,6 +213,13 @@ def _name_folded(graph: ir.Graph, lineage: Mapping[str, str]) -> None:
             graph.initializers.pop(str(value.name))
             value.name = _free(name, graph, ".folded")
             graph.initializers[value.name] = value
+    for value in list(graph.initializers.values()):
+        # Both forms were there when it was named; folding inside a branch may have used up the other one.
+        base = str(value.name).removesuffix(".T")
+        if base not in graph.initializers:
+            graph.initializers.pop(str(value.name))
+            value.name = base
+            graph.initializers[base] = value
     for value in graph.initializers.values():
         if value.const_value is not None:
             value.const_value.name = value.name

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from qcompiler.backends.torch.capture import load
 from qcompiler.backends.torch.emit import to_graph_module
+from qcompiler.backends.torch.export import export_program
 from qcompiler.errors import InputError
 from qcompiler.ir import Atom, Graph, Hole, Op, OpaqueType, TensorType
 from qcompiler.payload import FilePayload
@@ -263,3 +265,29 @@ def test_sizes_of_one_name_agree() -> None:
         module(torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 6, dtype=torch.long))
     with pytest.raises(InputError, match=r"captured for float 3\.5"):
         to_graph_module(load(program("several")))(torch.zeros(2, 9), None, 2.5)
+
+
+class _Fixed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.ones(7)
+
+
+class _Even(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(2, -1) * 2
+
+
+def test_a_size_that_the_model_fixes_is_refused() -> None:
+    with pytest.raises(InputError, match=r"cannot export _Fixed: .*specialized it to be a constant \(7\)") as e:
+        export_program(_Fixed(), (torch.ones(7),), ({0: Dim("n", max=100)},))
+    assert "\n" not in str(e.value)
+
+
+def test_a_condition_that_torch_cannot_prove_becomes_an_assertion() -> None:
+    captured = export_program(_Even(), (torch.ones(8),), ({0: Dim("n", max=100)},))
+    graph = load(captured)
+    assert "expression Eq(Mod(n, 2), 0)" in show(graph)
+    ours = to_graph_module(graph)
+    assert_same(ours(torch.ones(12)), captured.module()(torch.ones(12)))
+    with pytest.raises(RuntimeError, match="Runtime assertion failed"):
+        ours(torch.ones(9))

@@ -211,6 +211,38 @@ def test_what_cannot_be_exported_is_one_sentence(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("cache", "writes to its buffer 'k'"),
+        ("batchnorm_train", "writes to its buffer '1.running_mean'"),
+        ("written_input", "writes to its argument 'x'"),
+        ("several", "its results must all be tensors"),
+    ],
+)
+def test_state_and_constants_are_refused_not_dropped(name: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=told):
+        export_onnx(*sample(name), tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_linear_inside_a_branch_keeps_its_weight(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6, bias=False), nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x) + self.a(x), (x,))
+            return torch.add(y, self.a(x))
+
+    net = Net()
+    path = export_onnx(net, (torch.randn(2, 3, 4),), ({0: Dim("n", max=16)},), tmp_path / "x.onnx")
+    for x in (torch.ones(2, 3, 4), -torch.ones(5, 3, 4)):
+        assert worst(path, net, (x,)) < TOLERANCE
+    assert {"a.weight", "b.bias"} <= {i.name for i in onnx.load(path).graph.initializer}
+
+
 def test_experts_are_refused_with_what_to_do(tmp_path: Path) -> None:
     import transformers
 
