@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ def score_windows(logits_fn: LogitsFn, rows: IdArray, token_bytes: npt.NDArray[n
         nats += float(losses[counted].sum())
         count += int(counted.sum())
         size += int(token_bytes[targets].sum())
-    return Score(nats / count, nats / np.log(2.0) / size, count)
+    return Score(nats / count, nats / math.log(2.0) / size, count)
 
 
 def sample(
