@@ -199,7 +199,8 @@ def apply_rules(
 
 def take_name(old: Value, new: Value, made: Iterable[Op]) -> None:
     """A new value takes the name of the one that it replaced and that is gone: outputs keep their names."""
-    if old.owner is not None and old.owner.erased and new.owner in made and new.graph is old.graph:
+    replaced = old.owner is not None and old.owner.erased
+    if replaced and any(new.owner is op for op in made) and new.graph is old.graph:
         new.graph.rename(new, old.name)
 
 

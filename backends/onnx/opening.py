@@ -19,6 +19,7 @@ from qcompiler.backends.onnx.alone import probed_rows
 from qcompiler.backends.onnx.feeds import made_up
 from qcompiler.backends.onnx.load import load_onnx
 from qcompiler.backends.onnx.probe import write_arrays
+from qcompiler.backends.onnx.source import outlined
 from qcompiler.backends.onnx.worker import ProbeDied, Worker
 from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
@@ -26,6 +27,7 @@ from qcompiler.ir import Graph, Op, Value
 from qcompiler.payload import UnreadablePayload
 from qcompiler.target import Phase
 
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 ATTEMPTS = 4
 """How many guesses at the input shapes are tried."""
 _NODE_IN_ERROR = (
@@ -105,8 +107,12 @@ def open_big(path: Path, graph: Graph, worker: Worker, folder: Path, session: di
     null = os.name == "posix"
     if null:
         outside.symlink_to(os.devnull)
-    job = {"model": str(path), "optimized": str(optimized), "external": outside.name, "prepack": False}
-    out = _ask(worker, job | {"session": session})
+    # Weights inside the file would be parsed and copied; named as ranges of it they are mapped.
+    beside = folder / "outlined.onnx"
+    beside.write_bytes(outlined(path).SerializeToString())
+    keys = session | {WEIGHTS_FOLDER: str(path.absolute().parent)}
+    job = {"model": str(beside), "optimized": str(optimized), "external": outside.name, "prepack": False}
+    out = _ask(worker, job | {"session": keys})
     if out.loaded:
         if null:
             outside.unlink(missing_ok=True)  # the runtime may have removed the link itself

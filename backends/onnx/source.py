@@ -51,6 +51,51 @@ def _parse(path: Path, origin: Origin) -> onnx.ModelProto:
     return model
 
 
+def outlined(path: Path) -> onnx.ModelProto:
+    """The model in ``path`` as if its big initializers were external data: byte ranges of the file ``path`` itself.
+
+    A runtime that opens it beside ``path`` maps the weights instead of copying them. Raises InputError as
+    :func:`read_model` does.
+    """
+    origin = Origin(path.absolute(), f"qcompiler.inline.{secrets.token_hex(8)}")
+    model = _parse(path, origin)
+    graphs = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        for tensor in graph.initializer:
+            _point_into(tensor, path, origin.token)
+        for node in graph.node:
+            graphs += subgraphs(node)
+            for attribute in node.attribute:
+                for tensor in (attribute.t, *attribute.tensors):
+                    _read_back(tensor, path, origin.token)
+    return model
+
+
+def _range(tensor: onnx.TensorProto, token: str) -> tuple[int, int] | None:
+    found = next((e.value for e in tensor.external_data if e.key == token), None)
+    if found is None:
+        return None
+    offset, length = found.split(":")
+    return int(offset), int(length)
+
+
+def _point_into(tensor: onnx.TensorProto, path: Path, token: str) -> None:
+    if (place := _range(tensor, token)) is not None:
+        del tensor.external_data[:]
+        for key, value in (("location", path.name), ("offset", place[0]), ("length", place[1])):
+            tensor.external_data.add(key=key, value=str(value))
+
+
+def _read_back(tensor: onnx.TensorProto, path: Path, token: str) -> None:
+    if (place := _range(tensor, token)) is not None:  # runtimes take external data in initializers only
+        with open(path, "rb") as f:
+            f.seek(place[0])
+            tensor.raw_data = f.read(place[1])
+        del tensor.external_data[:]
+        tensor.data_location = onnx.TensorProto.DEFAULT
+
+
 def _without_nested(model: onnx.ModelProto) -> onnx.ModelProto:
     out = onnx.ModelProto()
     out.CopyFrom(model)

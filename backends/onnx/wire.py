@@ -161,7 +161,7 @@ def _strip_tensor(view: memoryview, at: int, end: int, token: str) -> bytearray:
     for number, wire, _, body, _ in fields:
         if number == _DATA_TYPE and wire == VARINT:
             data_type = _varint_at(view, body, end)[0]
-        elif number == _LOCATION:
+        elif number == _LOCATION and (wire != VARINT or _varint_at(view, body, end)[0]):
             return bytearray(view[at:end])  # its bytes are elsewhere already, whatever else it holds
     same_layout = {_F32: _FLOATS, _F64: _DOUBLES}.get(data_type)
     found = [f for f in fields if f[0] in (_RAW, same_layout) and f[1] == LENGTH]
