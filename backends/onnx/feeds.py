@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,10 @@ PAST = 1
 """How many tokens a key/value cache is given."""
 IDS = 100
 """The largest made-up index is below this and below the smallest table that it looks into."""
+
+
+INPUT_BYTES = 64 << 20
+"""Bytes of inputs above which a model is not run."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +60,23 @@ def plans(m: int) -> tuple[Plan, ...]:
 
 
 def made_up(graph: Graph, m: int, seed: int = 0) -> Iterator[dict[str, Array]]:
-    """Candidate inputs for a phase of ``m`` rows; nothing when an input is no tensor of a type that can be made up."""
+    """Candidate inputs for a phase of ``m`` rows; nothing when an input is too big or of a type not made up here."""
     inputs = [v for v in graph.inputs if v.payload is None]
     if any(_unmakeable(v) for v in inputs):
         return
     seen: list[tuple[tuple[int, ...], ...]] = []
     for plan in plans(m):
         shapes = tuple(_shape(v, plan, _symbols(inputs)) for v in inputs)
-        if shapes in seen:
+        if shapes in seen or _bytes(inputs, shapes) > INPUT_BYTES:
             continue
         seen.append(shapes)
         rng = np.random.default_rng(seed)
         yield {v.name: _values(v, s, rng) for v, s in zip(inputs, shapes, strict=True)}
+
+
+def _bytes(inputs: list[Value], shapes: tuple[tuple[int, ...], ...]) -> int:
+    kinds = [v.tensor.dtype for v in inputs]
+    return sum(math.prod(s) * (8 if k is None else max(1, k.bits // 8)) for k, s in zip(kinds, shapes, strict=True))
 
 
 def _unmakeable(value: Value) -> bool:

@@ -208,13 +208,15 @@ class Rules:
     # -- weights ---------------------------------------------------------------------------------------------
 
     def weight(self, op: Op) -> None:
+        """A dequantized constant: an error, or a warning for a vector that is no factor of a product."""
         codes = op.operand(0)
         assert codes is not None
         what = describe(source_of(codes)[0])
-        small = (codes.tensor.rank or 2) < 2
+        vector = sum(d != 1 for d in codes.tensor.shape or (0, 0)) < 2
         for r in reached(op.results[0], self.moves):
             if r.op in self.absorbed:
                 continue
+            small = vector and not (is_product(r.op) and r.slot < 2)
             if is_quantize(r.op):
                 reason = f"a constant of {what} is dequantized and quantized again"
                 self.add("QC107", op, f"{base_name(op)} feeds {base_name(r.op)} '{r.op.label}'", reason, FIX_PAIR)
@@ -232,15 +234,15 @@ class Rules:
             )
             if not small:
                 self.blamed.setdefault(r.op, found)
-        self.exposed(op, what, small)
+        self.exposed(op, what, vector)
 
-    def exposed(self, op: Op, what: str, small: bool) -> None:
+    def exposed(self, op: Op, what: str, vector: bool) -> None:
         """A dequantized weight that leaves the graph."""
         values = [op.results[0], *(nx.descendants(self.moves, op.results[0]) if op.results[0] in self.moves else ())]
         if any(v.is_output for v in values):
             message = f"{base_name(op)} of {what} is an output of its graph"
             reason = "the expanded tensor must exist, so no kernel can read the codes instead"
-            self.add("QC101", op, message, reason, "give out the codes, or nothing", "warning" if small else "error")
+            self.add("QC101", op, message, reason, "give out the codes, or nothing", "warning" if vector else "error")
 
     def arithmetic(self, op: Op) -> None:
         """Low-bit constant -> cast -> arithmetic -> product: a dequantize in all but name."""

@@ -152,8 +152,6 @@ def cases() -> Iterator[Case]:
     yield nbits("nbits4-g8", bs=8)
     yield nbits("nbits4-g512", bs=512, k=512)
     yield nbits("nbits4-bf16", act=BF16)
-    yield nbits("nbits4-prepacked", attrs={"weight_prepacked": 1})
-    yield nbits("nbits4-prepacked2", attrs={"weight_prepacked": 2})
     yield nbits("nbits4-rank2", rank2=True)
     yield nbits("nbits4-flat-scales", flat_scales=True)
     yield nbits("nbits4-k100", bs=32, k=100)
