@@ -6,6 +6,7 @@ Everything it prints is measured in this run. Files go to ``out/demo`` (or the f
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import numpy as np
 
 from qcompiler import api
 from qcompiler.report.model import Report
-from qcompiler.report.terminal import console, print_report
+from qcompiler.report.terminal import print_report
 
 PROMPT = "def read_lines(path):\n    "
 WINDOWS = 64
@@ -52,7 +53,7 @@ def latencies(runs: dict[str, Callable[[], Any]], rounds: int = 21) -> dict[str,
 
 
 def say(text: str = "") -> None:
-    console().print(text)
+    print(text, flush=True)
 
 
 def float_model(folder: Path) -> Path:
@@ -77,7 +78,7 @@ def quality_and_speed(reference: Path, compiled: Path, folder_bytes: tuple[int, 
     for (name, f), size in zip(both.items(), folder_bytes, strict=True):
         perplexity = pystdlib.perplexity(f, limit=WINDOWS)
         say(f"{name:10}{size:>12,}{perplexity:>12.3f}{decode[name]:>10.2f}{prefill[name]:>10.2f}")
-    bigram = np.exp(pystdlib.record()["bigram"]["nats_per_token"])
+    bigram = np.exp(pystdlib.record()["nats_per_token"]["bigram"])
     say(f"(held-out modules of the standard library, {WINDOWS} windows; a bigram model has perplexity {bigram:.1f})")
     say()
     say("What the int4 model writes:")
@@ -90,6 +91,7 @@ def refused(reference: Path, folder: Path) -> Report:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)
     theirs = folder / "pystdlib.theirs8.onnx"
     quantizer = MatMulNBitsQuantizer(onnx.load(reference), bits=8)
     quantizer.process()
