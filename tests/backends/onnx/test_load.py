@@ -12,10 +12,10 @@ from qcompiler.backends.onnx.emit import emit_onnx, to_model
 from qcompiler.backends.onnx.load import load_onnx, opset_of
 from qcompiler.dtypes import F32, INT64, dtype
 from qcompiler.ir import UNKNOWN, Atom, Graph, Loc, OpaqueType, TensorType
-from qcompiler.reader import parse
 from qcompiler.payload import BytesPayload, FilePayload
+from qcompiler.reader import parse
 from qcompiler.text import show
-from tests.backends.onnx.roundtrip import compare_models
+from tests.backends.onnx.roundtrip import compare_models, proto_of
 
 
 def f32(name: str, *shape: int | str | None) -> onnx.ValueInfoProto:
@@ -34,7 +34,7 @@ def weight(name: str, *shape: int, dtype: type = np.float32) -> onnx.TensorProto
 def survives(model: onnx.ModelProto) -> Graph:
     """The graph of ``model``, which comes out as it was and prints as it parses."""
     graph = load_onnx(model)
-    assert compare_models(model, to_model(graph)) == ""
+    assert compare_models(proto_of(model), to_model(graph)) == ""
     text = show(graph)
     assert show(parse(text)) == text
     return graph
@@ -200,10 +200,10 @@ def test_constants_however_they_are_stored() -> None:
         helper.make_node("Constant", [], ["ci"], value_ints=[4, 5]),
         helper.make_node("Constant", [], ["cf"], value_float=0.5),
         helper.make_node("Constant", [], ["cs"], value_strings=["p", "q"]),
-        helper.make_node("Constant", [], ["c0"], value_ints=[]),
+        onnx.NodeProto(op_type="Constant", output=["c0"]),
         helper.make_node("Add", ["x", "c"], ["y"]),
     ]
-    nodes[4].attribute[0].type = onnx.AttributeProto.INTS
+    nodes[4].attribute.add(name="value_ints", type=onnx.AttributeProto.INTS)
     tensors = [typed, half, four, strings, weight("raw", 2, 2)]
     graph = survives(model_of(nodes, [f32("x", 2)], [f32("y", 2)], tensors))
     values = {name: v.payload.array().tolist() for name, v in graph.consts.items()}  # type: ignore[union-attr]
@@ -270,7 +270,7 @@ def test_branches_capture_and_share_names() -> None:
     ]
     graph = survives(model_of(nodes, [cond, f32("x", 2)], [f32("y", 2)]))
     relu, choice = graph
-    assert list(choice.regions) == ["then_branch", "else_branch"]
+    assert set(choice.regions) == {"then_branch", "else_branch"}
     assert len(relu.result.uses) == 2
     assert all(region.local("k") is not None for region in choice.regions.values())
 
@@ -289,11 +289,11 @@ def test_an_inner_name_that_hides_an_outer_one_is_renamed_and_restored() -> None
     ]
     given = [helper.make_tensor_value_info("n", TensorProto.INT64, []), cond, f32("x", 2)]
     graph = survives(model_of(nodes, given, [f32("h", 2)]))
-    region = [op for op in graph][1].regions["body"]
+    region = list(graph)[1].regions["body"]
     assert [v.name for v in region.inputs] == ["i", "c_inner", "x_inner"]
     assert region.inputs[2].meta == {"hides": "x"}
     # A pass makes the body read the outer x: the inner one can no longer be called so.
-    add = [op for op in region][1]
+    add = list(region)[1]
     add.set_operand(1, graph.inputs[2])
     out = to_model(graph).graph.node[1].attribute[0].g
     assert out.input[2].name == "x_inner"
@@ -380,7 +380,7 @@ def test_external_data(tmp_path: Path) -> None:
     assert isinstance(payload, FilePayload)
     assert payload.path.name == "w.bin"
     emit_onnx(graph, tmp_path / "out.onnx")
-    assert compare_models(model, onnx.load(tmp_path / "out.onnx")) == ""
+    assert compare_models(proto_of(tmp_path / "m.onnx"), proto_of(tmp_path / "out.onnx")) == ""
 
 
 def test_a_linked_model_finds_the_data_beside_its_target(tmp_path: Path) -> None:
