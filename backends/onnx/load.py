@@ -32,7 +32,7 @@ from qcompiler.backends.onnx.constants import constant_of
 from qcompiler.backends.onnx.provenance import as_dict, location, node_notes, notes_of, pairs
 from qcompiler.backends.onnx.source import infer_types, read_model
 from qcompiler.backends.onnx.tensors import Origin, payload_of
-from qcompiler.backends.onnx.typemap import DEFAULT_DOMAINS, merged, sane, to_text, type_from_onnx, type_to_onnx
+from qcompiler.backends.onnx.typemap import DEFAULT_DOMAINS, merged, sane, text, to_text, type_from_onnx, type_to_onnx
 from qcompiler.backends.onnx.wiring import Wiring, defined_names, subgraphs
 from qcompiler.errors import InputError
 from qcompiler.ir import UNKNOWN, Atom, Attr, Graph, Op, Type, Value
@@ -67,12 +67,12 @@ def opset_of(graph: Graph, domain: str = "") -> int:
 def _model_meta(model: onnx.ModelProto) -> dict[str, Attr]:
     meta: dict[str, Attr] = {"ir_version": int(model.ir_version)}
     imports = {"" if o.domain in DEFAULT_DOMAINS else o.domain: int(o.version) for o in model.opset_import}
-    meta["opset_import"] = tuple(imports.items())
+    meta["opset_import"] = tuple((text(domain), version) for domain, version in imports.items())
     for name in _MODEL_FIELDS:
         if value := getattr(model, name):
-            meta[name] = value
+            meta[name] = value if isinstance(value, int) else text(value)
     if model.doc_string:
-        meta["model_doc_string"] = model.doc_string
+        meta["model_doc_string"] = text(model.doc_string)
     if model.metadata_props:
         meta["model_metadata_props"] = pairs(model.metadata_props)
     for name in ("training_info", "configuration"):
@@ -127,7 +127,7 @@ class _Loader:
 
     def collect_names(self, graph: onnx.GraphProto) -> None:
         """Note every name in the model: a name made up here is used nowhere in it."""
-        self.names |= defined_names(graph)
+        self.names |= {text(name) for name in defined_names(graph)}
         for node in graph.node:
             for inner in subgraphs(node):
                 self.collect_names(inner)
@@ -144,7 +144,7 @@ class _Loader:
 
     def fill(self, graph: Graph, protos: _Protos, outer: _Scope | None) -> None:
         proto = protos.graph
-        graph.name = proto.name
+        graph.name = text(proto.name)
         graph.meta.update(notes_of(proto))
         if proto.quantization_annotation:
             graph.meta["quantization_annotation"] = tuple(a.SerializeToString() for a in proto.quantization_annotation)
@@ -243,7 +243,7 @@ class _Loader:
                 results.append((self.fresh(f"{node.name or wired.op}_absent{i}"), UNKNOWN))
                 metas.append({"absent": True})
         metadata = pairs(node.metadata_props)
-        loc = location(node.name, node.op_type, as_dict(metadata))
+        loc = location(text(node.name), text(node.op_type), as_dict(metadata))
         op = graph.create(_op_name(node, where), operands, {}, results, loc=loc)
         op.meta = node_notes(node)
         for value, tensor, meta in zip(op.results, wired.outputs, metas, strict=True):
@@ -275,7 +275,7 @@ class _Loader:
         inferred = {a.name: a for a in typed.attribute}
         for attribute in node.attribute:
             same = inferred.get(attribute.name, attribute)
-            name = attribute.name
+            name = text(attribute.name)
             if name in op.attrs or name in op.regions:
                 raise InputError(f"{where} has the attribute '{name}' twice")
             if attribute.doc_string:
@@ -303,7 +303,7 @@ def _stated(proto: onnx.TypeProto) -> tuple[Type, Atom | None]:
 
 
 def _op_name(node: onnx.NodeProto, where: str) -> str:
-    domain = "onnx" if node.domain in DEFAULT_DOMAINS else node.domain
+    domain = "onnx" if node.domain in DEFAULT_DOMAINS else text(node.domain)
     if node.domain in ("onnx", "q") or "." in node.op_type or not node.op_type:
         raise InputError(f"{where}: qcompiler cannot name operator '{node.op_type}' of domain '{node.domain}'")
-    return f"{domain}.{node.op_type}"
+    return f"{domain}.{text(node.op_type)}"

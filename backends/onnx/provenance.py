@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx
 
+from qcompiler.backends.onnx.typemap import text
 from qcompiler.ir import Attr, Loc
 
 SCOPE, SOURCE = "qcompiler.scope", "qcompiler.source"
@@ -38,17 +39,17 @@ def location(name: str, op_type: str, metadata: Mapping[str, str]) -> Loc:
 
 
 def _scope(metadata: Mapping[str, str]) -> str | None:
-    text = metadata.get("pkg.torch.onnx.name_scopes")
-    if text is not None:
+    found = metadata.get("pkg.torch.onnx.name_scopes")
+    if found is not None:
         try:
-            scopes = ast.literal_eval(text)
+            scopes = ast.literal_eval(found)
         except (ValueError, SyntaxError):
             scopes = None
         if isinstance(scopes, list) and all(isinstance(s, str) for s in scopes):
             return scopes[-2] if len(scopes) > 1 else ""
-    text = metadata.get("namespace")
-    if text is not None and ": " in text:
-        parts = [p.rpartition(": ")[0] for p in text.split("/")]
+    found = metadata.get("namespace")
+    if found is not None and ": " in found:
+        parts = [p.rpartition(": ")[0] for p in found.split("/")]
         return parts[-2] if len(parts) > 1 else ""
     return None
 
@@ -79,7 +80,7 @@ def extra_metadata(loc: Loc, op_type: str, metadata: Mapping[str, str]) -> dict[
 
 def pairs(entries: Any) -> tuple[tuple[str, str], ...]:
     """A metadata_props field as pairs."""
-    return tuple((e.key, e.value) for e in entries)
+    return tuple((text(e.key), text(e.value)) for e in entries)
 
 
 def put_pairs(entries: Any, found: Attr) -> None:
@@ -97,7 +98,7 @@ def notes_of(proto: Any) -> dict[str, Attr]:
     """The doc string and metadata of any message that has them."""
     meta: dict[str, Attr] = {}
     if proto.doc_string:
-        meta["doc_string"] = proto.doc_string
+        meta["doc_string"] = text(proto.doc_string)
     if proto.metadata_props:
         meta["metadata_props"] = pairs(proto.metadata_props)
     return meta
@@ -114,7 +115,7 @@ def node_notes(node: onnx.NodeProto) -> dict[str, Attr]:
     """What a node has besides its operator, wires and attributes."""
     meta = notes_of(node)
     if node.overload:
-        meta["overload"] = node.overload
+        meta["overload"] = text(node.overload)
     if found := getattr(node, "device_configurations", ()):
         meta["device_configurations"] = tuple(c.SerializeToString() for c in found)
     return meta

@@ -59,6 +59,11 @@ SINCE_IR = {
 }
 
 
+def text(value: str | bytes) -> str:
+    """A string field, which protobuf hands out as bytes when it is no UTF-8; raises UnicodeDecodeError then."""
+    return value if isinstance(value, str) else value.decode()
+
+
 def to_text(message: Any) -> str:
     """A protobuf message as one line of its text format."""
     return str(text_format.MessageToString(message, as_one_line=True))
@@ -93,7 +98,7 @@ def dtype_to_onnx(element: DType, where: str) -> int:
 def _dim_from_onnx(dim: onnx.TensorShapeProto.Dimension) -> Dim:
     if dim.HasField("dim_value"):
         return int(dim.dim_value)
-    return str(dim.dim_param) or None
+    return text(dim.dim_param) or None
 
 
 def type_from_onnx(proto: onnx.TypeProto) -> Type:
