@@ -22,7 +22,7 @@ from qcompiler.dtypes import Array, DType
 from qcompiler.ir import Value
 from qcompiler.payload import ArrayPayload, Payload
 
-LIMIT = 2 << 20
+LIMIT = 1 << 19
 """Weight elements above which only the first rows are probed; the float64 reference takes 8 bytes an element."""
 NAME = "probe"
 

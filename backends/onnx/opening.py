@@ -28,6 +28,9 @@ from qcompiler.payload import UnreadablePayload
 from qcompiler.target import Phase
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+OPTIMIZED, OUTSIDE = "optimized.onnx", "optimized.data"
+MAPPED_OVER = 16 << 20
+"""Size of a file whose weights are worth mapping."""
 ATTEMPTS = 4
 """How many guesses at the input shapes are tried."""
 _NODE_IN_ERROR = (
@@ -66,21 +69,28 @@ def open_small(
     path: Path, graph: Graph, phases: Sequence[Phase], worker: Worker, folder: Path, session: dict[str, str]
 ) -> Opened:
     """Open with default options, write the optimized graph, run each phase on made-up inputs."""
-    optimized = folder / "optimized.onnx"
+    optimized = folder / OPTIMIZED
     sizes = sorted({probed_rows(p.m) for p in phases})
     job: dict[str, Any] = {"model": str(path), "session": session}
+    first: dict[str, Any] = {"optimized": str(optimized)}
+    mapped = path.stat().st_size > MAPPED_OVER
+    if mapped:
+        job, first = _mapped(path, folder, session), _written_without_weights(folder)
     candidates = [[], *zip(*(made_up(graph, m) for m in sizes), strict=False)][: ATTEMPTS + 1]
     if len(candidates) > 1:
         del candidates[0]
     tried, out = "", Opened(False)
     for attempt, feeds in enumerate(candidates):
         entries = [_feed(feed, folder / f"feed{attempt}.{m}.npz") for m, feed in zip(sizes, feeds, strict=False)]
-        answer = _ask(worker, job | {"feeds": entries} | ({} if attempt else {"optimized": str(optimized)}))
+        answer = _ask(worker, job | {"feeds": entries} | ({} if attempt else first))
         if attempt == 0:
             if not answer.loaded:
                 return answer
             out = Opened(True, optimized=optimized)
-            out.graph = _load(optimized, out)
+            if mapped:
+                _read_without_weights(out, folder, graph)
+            else:
+                out.graph = _load(optimized, out)
         out.crashed |= answer.crashed
         if answer.runs and answer.runs[0]["ok"]:
             out.runs, out.feed = answer.runs, entries[0]
@@ -103,27 +113,39 @@ def _feed(arrays: dict[str, Array], path: Path) -> dict[str, Any]:
 
 def open_big(path: Path, graph: Graph, worker: Worker, folder: Path, session: dict[str, str]) -> Opened:
     """Open without packing weights and write the optimized graph without them."""
-    optimized, outside = folder / "optimized.onnx", folder / "optimized.data"
-    null = os.name == "posix"
-    if null:
-        outside.symlink_to(os.devnull)
-    # Weights inside the file would be parsed and copied; named as ranges of it they are mapped.
-    beside = folder / "outlined.onnx"
-    beside.write_bytes(outlined(path).SerializeToString())
-    keys = session | {WEIGHTS_FOLDER: str(path.absolute().parent)}
-    job = {"model": str(beside), "optimized": str(optimized), "external": outside.name, "prepack": False}
-    out = _ask(worker, job | {"session": keys})
+    job = _mapped(path, folder, session)
+    out = _ask(worker, job | _written_without_weights(folder) | {"prepack": False})
     if out.loaded:
-        if null:
-            outside.unlink(missing_ok=True)  # the runtime may have removed the link itself
-            with open(outside, "wb") as f:
-                f.truncate(_length(optimized))
-        out.optimized = optimized
-        out.graph = _load(optimized, out)
-        if out.graph is not None:
-            _lend_weights(out.graph, graph)
+        _read_without_weights(out, folder, graph)
     out.notes.append("the artifact is big: it was opened without its weights, and one node of each kind was run alone")
     return out
+
+
+def _written_without_weights(folder: Path) -> dict[str, str]:
+    """A job's optimized graph, whose weights go nowhere."""
+    if os.name == "posix":
+        (folder / OUTSIDE).symlink_to(os.devnull)
+    return {"optimized": str(folder / OPTIMIZED), "external": OUTSIDE}
+
+
+def _read_without_weights(out: Opened, folder: Path, source: Graph) -> None:
+    """Read the optimized graph; constants that kept their name and type get the bytes of the source's."""
+    optimized, outside = folder / OPTIMIZED, folder / OUTSIDE
+    if os.name == "posix":
+        outside.unlink(missing_ok=True)  # the runtime may have removed the link itself
+        with open(outside, "wb") as f:
+            f.truncate(_length(optimized))
+    out.optimized = optimized
+    out.graph = _load(optimized, out)
+    if out.graph is not None:
+        _lend_weights(out.graph, source)
+
+
+def _mapped(path: Path, folder: Path, session: dict[str, str]) -> dict[str, Any]:
+    """A job's model: the artifact, its weights named as ranges of its file, so that they are mapped and not copied."""
+    beside = folder / "outlined.onnx"
+    beside.write_bytes(outlined(path).SerializeToString())
+    return {"model": str(beside), "session": session | {WEIGHTS_FOLDER: str(path.absolute().parent)}}
 
 
 def _length(model: Path) -> int:

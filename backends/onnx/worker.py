@@ -43,11 +43,8 @@ class Worker:
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()  # it holds nothing that an orderly end would save
+        process.wait()
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self.process is None:
