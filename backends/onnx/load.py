@@ -34,7 +34,7 @@ from qcompiler.backends.onnx.source import infer_types, read_model
 from qcompiler.backends.onnx.tensors import Origin, payload_of
 from qcompiler.backends.onnx.typemap import DEFAULT_DOMAINS, merged, sane, text, to_text, type_from_onnx, type_to_onnx
 from qcompiler.backends.onnx.wiring import Wiring, defined_names, subgraphs
-from qcompiler.errors import InputError
+from qcompiler.errors import InputError, StructureError
 from qcompiler.ir import UNKNOWN, Atom, Attr, Graph, Op, Type, Value
 from qcompiler.payload import Payload
 
@@ -49,13 +49,15 @@ def load_onnx(source: str | Path | onnx.ModelProto) -> Graph:
     """
     model, origin = read_model(source)
     graph = Graph("main")
-    graph.meta = _model_meta(model)
     loader = _Loader(origin, model.ir_version)
     try:
+        graph.meta = _model_meta(model)
         loader.collect_names(model.graph)
         loader.fill(graph, _Protos(model.graph, infer_types(model)), None)
     except UnicodeDecodeError as e:
         raise InputError(f"{origin.label} has a name that is no UTF-8 text ({e.object!r}); export it again") from None
+    except StructureError as e:
+        raise InputError(f"{origin.label} cannot be captured: {e}") from None
     return graph
 
 
