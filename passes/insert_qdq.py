@@ -40,7 +40,7 @@ class Found:
 def site_name(op: Op, weight: Value, *, shared: bool = False) -> str:
     """The weight's name without ``.weight``; where it is anonymous or shared, the op's module path or node name."""
     name = str(weight.meta.get("origin", weight.name))
-    plain = re.sub(r"[._/](weight|kernel|W|w)\Z", "", name)
+    plain = re.sub(r"[._/](weight|kernel|W|w)(_transposed|_t|\.T)?\Z", "", name)
     if _ANONYMOUS.match(name) or shared:
         return op.loc.scope or op.loc.name or plain
     return plain

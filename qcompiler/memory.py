@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
 from qcompiler.payload import Payload
 
-BASE_BYTES = 260 << 20
+BASE_BYTES = 100 << 20
 """Interpreter, NumPy and the ONNX libraries, measured once they are imported."""
+TORCH_BYTES = 300 << 20
+"""torch and its ONNX exporter, where the source is a torch model."""
 BLOCK_BYTES = 64 << 20
 """Row blocks of the float weight that are in flight while one tensor is quantized."""
-EVIDENCE_BYTES = 500 << 20
-"""The runtime in its own process with the largest artifact that is opened whole."""
+EVIDENCE_BYTES = 300 << 20
+"""The runtime in its own process, and the float model beside the artifact where both are small enough to compare."""
 
 
 def predicted_peak(graph: Graph) -> int:
@@ -21,7 +25,8 @@ def predicted_peak(graph: Graph) -> int:
     the runtime beside it takes anyway. Mapped input pages do not count.
     """
     largest = max((_elements(v.payload) for g in graph.graphs() for v in g.consts.values()), default=0)
-    return BASE_BYTES + max(BLOCK_BYTES + 2 * largest, EVIDENCE_BYTES)
+    base = BASE_BYTES + (TORCH_BYTES if "torch" in sys.modules else 0)
+    return base + max(BLOCK_BYTES + 2 * largest, EVIDENCE_BYTES)
 
 
 def _elements(payload: Payload | None) -> int:
