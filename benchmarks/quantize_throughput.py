@@ -3,7 +3,7 @@
     python benchmarks/quantize_throughput.py --json benchmarks/results/quantize_throughput.json
 
 The matrix lies in a mapped file whose pages are cached. Cases take turns, one round is run beforehand, and each ratio
-to the packer (always 4 bits, groups of 128, all processors) is taken within a round. *packed* includes writing the codes
+to the packer (always 4 bits, groups of 128, all processors) is of one round. *packed* includes writing the codes
 in the layout of MatMulNBits, which is what ONNX Runtime does too; the others end at codes of a byte each. Beside the
 wall time stands the processor time of all threads, which a busy machine stretches less. Quality is the signal to noise
 ratio of the dequantized weight.
