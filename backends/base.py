@@ -102,7 +102,11 @@ class Backend(ABC):
         """Node name -> bytes of codes, scales and zeros that a lowered site stores."""
 
     @abstractmethod
-    def emit(self, graph: Graph, path: Path, metadata: Mapping[str, str], progress: Progress) -> Written:
+    def annotate(self, graph: Graph, metadata: Mapping[str, str]) -> None:
+        """Make ``metadata`` part of the graph, so that it travels inside the artifact and the verdict can read it."""
+
+    @abstractmethod
+    def emit(self, graph: Graph, path: Path, progress: Progress) -> Written:
         """Write the artifact at ``path``, streaming; whatever lies beside it belongs to it."""
 
     @abstractmethod
@@ -114,8 +118,8 @@ class Backend(ABC):
         """Judge any file of this backend's format, made by us or not."""
 
     @abstractmethod
-    def quality(self, reference: Path, artifact: Path, data: Any) -> Quality | str:
-        """Float against compiled on the same inputs, or the reason why they were not compared."""
+    def quality(self, reference: Path, artifact: Path, data: Any) -> Quality | Finding | str:
+        """Float against compiled on the same inputs; the reason why they were not compared; or what went wrong."""
 
     @abstractmethod
     def versions(self) -> dict[str, str]:

@@ -124,7 +124,7 @@ def verify(
         kind = captured.kind
         temporary = tempfile.TemporaryDirectory(prefix="qcompiler-")
         path = Path(temporary.name) / f"model{backend.suffix}"
-        backend.emit(captured.graph, path, {}, progress)
+        backend.emit(captured.graph, path, progress)
         captured.close()
     elif not path.is_file():
         raise InputError(f"there is no file {path}")

@@ -204,11 +204,12 @@ def _write(job: Job, captured: Captured, path: Path, data: Any) -> bool:
     """Emit into the staging folder and collect evidence there; False when the weights cannot be quantized."""
     graph, backend = captured.graph, job.backend
     account(job, graph)
+    backend.annotate(graph, metadata(job, captured))
     job.ctx.findings.extend(backend.judge(graph, job.target, job.phases))
     begin = time.perf_counter()
     job.progress.stage("quantize and write")
     try:
-        written = backend.emit(graph, path, metadata(job, captured), job.progress)
+        written = backend.emit(graph, path, job.progress)
     except BadWeights as e:
         refuse_weights(job, e)
         return False
@@ -243,7 +244,9 @@ def _compare(job: Job, captured: Captured, path: Path, data: Any) -> None:
         return
     job.progress.stage("float against compiled")
     found = job.backend.quality(captured.reference, path, data)
-    if isinstance(found, str):
+    if isinstance(found, Finding):
+        job.ctx.findings.append(found)
+    elif isinstance(found, str):
         job.notes.append(f"quality: {found}")
     else:
         job.quality = found

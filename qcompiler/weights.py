@@ -28,7 +28,7 @@ class WeightQuantization(Computation):
         self._other: WeightQuantization | None = None
         small = scale_shape(weight.shape, scheme)
         shapes = [weight.shape, small] + ([] if scheme.symmetric else [small])
-        types = [scheme.dtype, weight.dtype, scheme.dtype]
+        types = [scheme.dtype, weight.dtype, weight.dtype if scheme.zero == "float" else scheme.dtype]
         results = [(t, s[::-1] if flip else s) for t, s in zip(types, shapes, strict=False)]
         super().__init__(f"rtn<{scheme.text}>", self._quantize, [weight], results)
 

@@ -11,13 +11,32 @@ from qcompiler.backends.base import Backend, Captured, Judged, Progress, Written
 from qcompiler.backends.onnx import capture as capturing
 from qcompiler.backends.onnx import kernels
 from qcompiler.backends.onnx.emit import emit_onnx
+from qcompiler.backends.onnx.runtime_types import MEASURED_ON, installed_version, why_not_installed
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
 from qcompiler.report.model import Quality
 from qcompiler.sites import Site
 from qcompiler.target import Phase, Target
 from qcompiler.verify.evidence import EvidenceResult
-from qcompiler.verify.findings import Finding
+from qcompiler.verify.findings import Finding, Severity
+
+
+def _runtime() -> bool:
+    return installed_version() is not None
+
+
+def _other_version(target: Target) -> list[Finding]:
+    """A runtime on which the rows were not measured: an error where it lacks a kernel, else a warning."""
+    version = installed_version()
+    if target.name != "ort-cpu" or version is None or version.rpartition(".")[0] in MEASURED_ON:
+        return []
+    found = []
+    for name, reasons in why_not_installed(target.rows).items():
+        for reason in reasons:
+            lacks = "measured on" not in reason.message
+            severity: Severity = "error" if lacks else "warning"
+            found.append(Finding("QC207", name, reason.message, "", reason.fix, severity))
+    return found
 
 
 class OrtBackend(Backend):
@@ -49,19 +68,25 @@ class OrtBackend(Backend):
     def judge(self, graph: Graph, target: Target, phases: Sequence[Phase]) -> list[Finding]:
         from qcompiler.backends.onnx.judge import judge_graph
 
-        return judge_graph(graph, target, phases)
+        return judge_graph(graph, target, phases) + _other_version(target)
 
     def stored(self, graph: Graph) -> dict[str, dict[str, int]]:
         from qcompiler.backends.onnx.judge import sites_of
 
         return {site.name: site.bytes for site in sites_of(graph)}
 
-    def emit(self, graph: Graph, path: Path, metadata: Mapping[str, str], progress: Progress) -> Written:
-        info = emit_onnx(graph, path, metadata=metadata)
+    def annotate(self, graph: Graph, metadata: Mapping[str, str]) -> None:
+        notes = dict(graph.meta.get("model_metadata_props", ()))
+        graph.meta["model_metadata_props"] = tuple((notes | dict(metadata)).items())
+
+    def emit(self, graph: Graph, path: Path, progress: Progress) -> Written:
+        info = emit_onnx(graph, path)
         names = (path.name,) + ((info.data_path.name,) if info.data_path is not None else ())
         return Written(names, info.nbytes + info.data_nbytes)
 
     def evidence(self, path: Path, target: Target, phases: Sequence[Phase], sites: Sequence[Site]) -> EvidenceResult:
+        if not _runtime():
+            return EvidenceResult("static", notes=["onnxruntime is not installed: the verdict rests on kernel rows"])
         from qcompiler.backends.onnx.evidence import OrtEvidence
 
         return OrtEvidence(target, phases).collect(path)
@@ -72,7 +97,9 @@ class OrtBackend(Backend):
         sites, findings, evidence = verify_file(path, target, phases, run)
         return Judged(sites, findings, evidence)
 
-    def quality(self, reference: Path, artifact: Path, data: Any) -> Quality | str:
+    def quality(self, reference: Path, artifact: Path, data: Any) -> Quality | Finding | str:
+        if not _runtime():
+            return "not compared: onnxruntime is not installed"
         from qcompiler.backends.onnx.quality import compare
 
         return compare(reference, artifact)

@@ -11,17 +11,19 @@ from qcompiler.backends.onnx.feeds import made_up
 from qcompiler.backends.onnx.load import load_onnx
 from qcompiler.dtypes import Array
 from qcompiler.report.model import OutputQuality, Quality
+from qcompiler.verify.findings import Finding
 
 ROWS = 32
 """Rows (tokens) of the made-up inputs."""
 SEEDS = 4
 
 
-def compare(reference: Path, artifact: Path) -> Quality | str:
+def compare(reference: Path, artifact: Path) -> Quality | Finding | str:
     """Cosine, signal-to-noise and largest difference of every float output over made-up inputs.
 
     The inputs are random: for a language model they are random token ids, so the figures bound what the artifact does
-    rather than say how well it speaks. Returns the reason when the float model cannot be run on inputs of ours.
+    rather than say how well it speaks. Returns the reason when the float model cannot be run on inputs of ours, and
+    a finding when it can but the artifact cannot.
     """
     import onnxruntime as ort
 
@@ -36,8 +38,13 @@ def compare(reference: Path, artifact: Path) -> Quality | str:
         return "not compared: no made-up inputs that the float model takes"
     names = [o.name for o in float_model.get_outputs()]
     del float_model
-    compiled = ort.InferenceSession(str(artifact), options, providers=["CPUExecutionProvider"])
-    given = [compiled.run(names, feed) for feed in feeds]
+    try:
+        compiled = ort.InferenceSession(str(artifact), options, providers=["CPUExecutionProvider"])
+        given = [compiled.run(names, feed) for feed in feeds]
+    except Exception as e:
+        message = f"the artifact does not run on inputs that the float model takes: {_first_line(e)}"
+        fix = "the float model may run only because the runtime fuses what is wrong in it; check its shapes"
+        return Finding("QC902", artifact.name, message, "", fix)
     outputs: dict[str, OutputQuality] = {}
     for i, name in enumerate(names):
         want, got = [w[i] for w in wanted], [g[i] for g in given]

@@ -138,7 +138,9 @@ def _table(node: LowBit, a: Sequence[Array | None], n: int) -> Expected | None:
     if codes.ndim != s.ndim or axis % codes.ndim != codes.ndim - 1 or width < codes.shape[-1]:
         return None
     wide = np.repeat(np.stack([s, z]), node.block or 1, axis=-1)[..., : codes.shape[-1]]
-    value = ((codes - wide[1]) * wide[0])[indices]
+    rows = (codes - wide[1]) * wide[0]
+    inside = (indices >= -len(rows)) & (indices < len(rows))  # the kernel gives zeros for an index outside
+    value = np.where(inside[(..., *[None] * (rows.ndim - 1))], rows[np.where(inside, indices, 0)], 0.0)
     return Expected(value, _rounded(np.full(value.shape, 1e-30), value, scales))
 
 
