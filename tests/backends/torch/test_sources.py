@@ -123,7 +123,8 @@ def test_other_kinds_of_models(name: str, tmp_path: Path) -> None:
     assert list(found.dynamic_shapes) == list(shapes)
     with torch.no_grad():
         assert torch.equal(found.module(*args), module(*args))
-    export_program(*found)
+    if name == "vit":  # the one that nothing else here exports in this form
+        export_program(*found)
 
 
 @pytest.fixture
