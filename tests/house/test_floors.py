@@ -25,6 +25,7 @@ FLOORS: dict[str, int] = {
     "qcompiler.payload": 0,
     "qcompiler.scheme": 0,
     "qcompiler.text": 0,
+    "qcompiler.types": 0,
     "qcompiler.numerics": 1,
     "qcompiler.tiling": 1,
     "qcompiler.rtn": 1,
