@@ -96,7 +96,8 @@ def judge_run(alone: Alone, run: Mapping[str, Any], result: Array, *, packed: bo
         facts |= {"fallback_lines": run["unpacked"], "weight_packed": packed}
     if alone.n < node.n:
         facts["rows_probed"] = alone.n
-    wanted = expected(node, alone.operands, alone.n)
+    with np.errstate(invalid="ignore", over="ignore"):  # a weight may hold infinities
+        wanted = expected(node, alone.operands, alone.n)
     verdict: Verdict = "fused"
     if run["unpacked"] or (temp >= whole and temp > _activations(alone)):
         verdict = "dequant"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qcompiler.backends.onnx.alone import Measured, Prober, probed_rows
+from qcompiler.backends.onnx.bias import check_bias
 from qcompiler.backends.onnx.differs import compare
 from qcompiler.backends.onnx.folded import check_folded
 from qcompiler.backends.onnx.judge import Judgement, NodeVerdict, examine, session_of
@@ -29,6 +30,7 @@ from qcompiler.sites import Site
 from qcompiler.target import PHASES, Phase, Target
 from qcompiler.verify.evidence import EvidenceCollector, EvidenceResult, NodeEvidence
 from qcompiler.verify.findings import Finding
+from qcompiler.verify.static import find_unfused
 
 MAX_BYTES = 256 << 20
 """Bytes of constants above which an artifact is not opened whole."""
@@ -116,7 +118,8 @@ class OrtEvidence(EvidenceCollector):
         if opened.graph is not None:
             out.final = examine(opened.graph, self.target, self.phases, final=True)
             _rename(out.final, names)
-            result.findings += check_folded(out.source, opened.graph)
+            _tell_as_written(out)
+            result.findings += check_folded(out.source, opened.graph) + check_bias(out.source, opened.graph, names)
             result.findings += _replaced(out, names)
         self._chip(out)
         self._probe(out, Prober(worker, folder, session))
@@ -174,6 +177,7 @@ def _record(out: Inspection, verdict: NodeVerdict, phase: Phase, found: Measured
     out.measured.setdefault(verdict.name, []).append(found)
 
 
+_LEFT_OVER = frozenset({"QC101", "QC102"})
 _CODES = {"dequant": "QC104", "wrong": "QC303", "error": "QC902"}
 _SAYS = {
     "dequant": "expands the whole weight to float",
@@ -225,6 +229,18 @@ def _rename(final: Judgement, names: Names) -> None:
         verdict.findings = [renamed(f) for f in verdict.findings]
 
 
+def _tell_as_written(out: Inspection) -> None:
+    """Describe a dequantize that is left over as the artifact has it: the runtime may have joined its neighbours."""
+    written: dict[str, Finding] = {}
+    for found in [*out.static.findings, *find_unfused(out.source)]:
+        if found.code in _LEFT_OVER:
+            written.setdefault(found.op, found)
+    swap = {f: written.get(f.op, f) for f in out.final.findings if f.code in _LEFT_OVER}
+    out.final.findings = [swap.get(f, f) for f in out.final.findings]
+    for verdict in out.final.nodes:
+        verdict.findings = [swap.get(f, f) for f in verdict.findings]
+
+
 def _replaced(out: Inspection, names: Names) -> list[Finding]:
     """QC106: low-bit nodes of the artifact that the runtime's graph no longer has."""
     kept = {v.name for v in out.final.nodes} | {v.op.label for v in out.final.nodes}
@@ -269,7 +285,7 @@ def _not_loaded(out: Inspection, opened: Opened, path: Path) -> None:
     words = " ".join(opened.error.split())[:400]
     out.result.notes.append(f"the runtime does not load the model: {words}")
     if not errors:
-        op = opened.blamed or path.name
+        op = opened.blamed(out.source) or path.name
         message = "ONNX Runtime crashes on the model" if opened.crashed else "ONNX Runtime does not load the model"
         out.result.findings.append(Finding("QC902", op, message, words, "repair what the runtime names"))
     out.result.findings = list(dict.fromkeys(out.result.findings))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from qcompiler.backends.onnx.values import stored
@@ -48,7 +50,7 @@ def check_folded(source: Graph, final: Graph) -> list[Finding]:
                 out.append(Finding("QC103", value.owner.label, message, reason, FIX_WEIGHT))
             elif value.is_const and (levels := on_grid(value, op)):
                 message = f"the float weight '{value.name}' of {base_name(op)} '{op.label}' holds dequantized codes"
-                reason = f"runs of {RUN} values lie on grids of at most {levels} steps, a different one for each row"
+                reason = f"runs of {RUN} values or more lie on even grids of at most {levels} steps"
                 out.append(
                     Finding("QC103", op.label, message, reason, "keep the codes: fold no dequantize of a weight")
                 )
@@ -107,9 +109,9 @@ def _samples(payload: Payload) -> list[list[Array]]:
 
 
 def _grid_of(runs: list[Array], payload: Payload) -> int:
-    """The most steps among ``runs``; 0 when one lies on no grid, or all on the same."""
+    """The most steps among ``runs``; 0 when one lies on no grid, or all on one of round numbers."""
     slack = 0.01 if payload.dtype.name == "f32" else 0.1
-    steps, widest = set(), 0
+    steps, widest = [], 0
     for run in runs:
         levels = np.unique(run)
         gaps = np.diff(levels)
@@ -120,6 +122,14 @@ def _grid_of(runs: list[Array], payload: Payload) -> int:
         counts = (levels - levels[0]) / step
         if counts[-1] > LEVELS or np.abs(counts - np.round(counts)).max() > slack * max(1.0, counts[-1] / 16):
             return 0
-        steps.add(round(step / np.abs(run).max(), 12))
+        steps.append(step)
         widest = max(widest, round(float(counts[-1])))
-    return widest + 1 if len(steps) > 1 else 0
+    return 0 if _round(steps) else widest + 1
+
+
+def _round(steps: list[float]) -> bool:
+    """Whether all steps are one round number (1, 0.5, 0.01): somebody wrote such a weight by hand."""
+    if max(steps) > 1.001 * min(steps):
+        return False
+    thousands = steps[0] * 1000
+    return math.frexp(steps[0])[0] == 0.5 or (thousands >= 1 and abs(thousands - round(thousands)) < 1e-3)

@@ -33,6 +33,11 @@ MAPPED_OVER = 16 << 20
 """Size of a file whose weights are worth mapping."""
 ATTEMPTS = 4
 """How many guesses at the input shapes are tried."""
+_TYPE_IN_ERROR = (
+    re.compile(r"Fatal error: [\w.]*:(\w+)\("),
+    re.compile(r"implementation for (\w+)\("),
+    re.compile(r"Op \((\w+)\)"),
+)
 _NODE_IN_ERROR = (
     re.compile(r"node with name '([^']*)'"),
     re.compile(r"Name:'([^']*)'"),
@@ -55,10 +60,12 @@ class Opened:
     optimized: Path | None = None
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def blamed(self) -> str:
-        """The node that the runtime names in its error; empty where it names none."""
-        return next((m[1] for pattern in _NODE_IN_ERROR if (m := pattern.search(self.error))), "")
+    def blamed(self, source: Graph) -> str:
+        """The node that the runtime names in its error, or the first one of the type it names; empty for neither."""
+        if name := next((m[1] for p in _NODE_IN_ERROR if (m := p.search(self.error)) and m[1]), ""):
+            return name
+        kind = next((m[1] for p in _TYPE_IN_ERROR if (m := p.search(self.error))), "")
+        return next((op.label for op in source.walk() if op.name.rpartition(".")[2] == kind), "")
 
 
 def constant_bytes(graph: Graph) -> int:

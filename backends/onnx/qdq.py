@@ -87,11 +87,12 @@ def rank(value: Value | None) -> int | None:
 
 
 def only_user(value: Value) -> Op | None:
-    """The one op that reads ``value``; None when there are several, none, or it leaves the graph."""
+    """The one op that reads ``value``, identities passed; None when there are several, none, or it leaves the graph."""
     uses = list(value.uses)
     if len(uses) != 1 or not isinstance(uses[0].user, Op):
         return None
-    return uses[0].user
+    user = uses[0].user
+    return only_user(user.results[0]) if user.name == "onnx.Identity" else user
 
 
 def activation_of(value: Value | None) -> tuple[Op, bool] | None:

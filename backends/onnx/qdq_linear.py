@@ -29,6 +29,7 @@ from qcompiler.backends.onnx.qdq import (
     tail_of,
     weight_of,
 )
+from qcompiler.dtypes import Array
 from qcompiler.ir import Op, Value
 
 NBITS = frozenset({"int2", "uint2", "int4", "uint4", "int8", "uint8"})
@@ -169,7 +170,7 @@ def _blocks(dq: Op, path: tuple[Op, ...]) -> int:
         if block not in BLOCKS:
             raise NotFused(f"'{dq.label}' has blocks of {block}, and MatMulNBits takes {', '.join(map(str, BLOCKS))}")
         return int(block)
-    if path and (len(path) > 1 or code_type(dq) not in BYTES):
+    if path and (len(path) > 1 or code_type(dq) not in BYTES | {"uint4"}):
         raise NotFused(f"the transpose '{path[0].label}' stands between '{dq.label}' and the product")
     if rank(scale) == 0:
         return CHANNEL_BLOCK
@@ -242,11 +243,15 @@ def _gemm(p: Product, xdq: Op, wdq: Op, dynamic: bool, *, quantized: bool) -> st
 
 def bias_scale_fits(bias: Op, x: Op, w: Op) -> bool:
     """The int32 bias counts in steps of x scale times w scale; True where that cannot be read."""
-    scales = [constant_array(d.operand(1)) for d in (bias, x, w)]
-    if any(s is None for s in scales):
+    return scales_fit(*(constant_array(d.operand(1)) for d in (bias, x, w)))
+
+
+def scales_fit(bias: Array | None, x: Array | None, w: Array | None) -> bool:
+    """``bias == x * w`` up to the rounding of f32; True where one is not constant."""
+    if bias is None or x is None or w is None:
         return True
-    b, a, c = (s.astype(np.float64).reshape(-1) for s in scales if s is not None)
-    return bool(np.all(np.abs(b - a * c) <= 1e-3 * np.abs(a * c)))
+    product = x.astype(np.float64).reshape(-1) * w.astype(np.float64).reshape(-1)
+    return bool(np.all(np.abs(bias.astype(np.float64).reshape(-1) - product) <= 1e-3 * np.abs(product)))
 
 
 def weight_shape(fusion: Fusion) -> tuple[int, int]:

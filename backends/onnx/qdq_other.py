@@ -43,8 +43,8 @@ def fuse_conv(op: Op) -> Fusion | None:
         raise NotFused("its activation is float, and there is no convolution that reads a weight's codes alone")
     need_bytes(w, f"the weight of '{w.label}'")
     need_activation(*x)
-    if block_scales(w) or (code_type(x[0]) == "int8" and code_type(w) != "int8"):
-        raise NotFused(f"the weight of '{w.label}' has {code_type(w)} codes in blocks or beside int8 activations")
+    if block_scales(w):
+        raise NotFused(f"the weight of '{w.label}' has scales in blocks")
     tail = tail_of(op)
     if tail.quantize is None:
         raise NotFused("its result is not quantized, and QLinearConv gives codes")

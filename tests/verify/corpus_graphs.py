@@ -12,12 +12,37 @@ from tests.verify.build import ROWS, Array, Case, Net, pack, rows
 from tests.verify.corpus_qdq import INT4, S8, U8, UINT4, K, N, activation, codes_of, weight
 
 FLOAT, I64 = TensorProto.FLOAT, TensorProto.INT64
-BLAME = ("w_dq", "ww_dq", "dq", "dq1", "dq2", "mm", "mm2", "x_q", "x_qdq", "r_qdq", "h_q", "h_qdq", "t_q", "cast", "k_dq", "tie_dq")
+BLAME = (
+    "w_dq",
+    "ww_dq",
+    "dq",
+    "dq1",
+    "dq2",
+    "mm",
+    "mm2",
+    "x_q",
+    "x_qdq",
+    "r_qdq",
+    "h_q",
+    "h_qdq",
+    "t_q",
+    "cast",
+    "k_dq",
+    "tie_dq",
+)
 Build = Callable[[Net], Any]
 
 
-def graph(name: str, build: Build, shape: tuple[int | str, ...] = ("M", K), *, blame: tuple[str, ...] = BLAME,
-          feeds: Callable[[int], dict[str, Array]] | None = None, weights: int = K * N, opset: int = 21) -> Case:
+def graph(
+    name: str,
+    build: Build,
+    shape: tuple[int | str, ...] = ("M", K),
+    *,
+    blame: tuple[str, ...] = BLAME,
+    feeds: Callable[[int], dict[str, Array]] | None = None,
+    weights: int = K * N,
+    opset: int = 21,
+) -> Case:
     """``build(net)`` makes ``y`` of ``x``."""
     net = Net(opset)
     net.input("x", shape)
@@ -28,7 +53,7 @@ def graph(name: str, build: Build, shape: tuple[int | str, ...] = ("M", K), *, b
 
 
 def two_products(name: str, how: str) -> Case:
-    """Two products on one weight: one dequantize with two readers, or two dequantizes of the same constants, or of one scale."""
+    """Two products on one weight: a dequantize with two readers, two of the same constants, or two with one scale."""
 
     def build(net: Net) -> None:
         f, _ = weight(net, INT4, "block")
@@ -125,7 +150,7 @@ def embedding(name: str, element: int, how: str, *, lookup_first: bool = False) 
 
 
 def spelled(name: str, how: str) -> Case:
-    """A dequantize written as a cast and arithmetic: ``fold`` (all constant), ``zero``, ``unpack`` (int4 in bytes), ``scale``."""
+    """A dequantize written as a cast and arithmetic; in ``scale`` not all of it is constant."""
 
     def build(net: Net) -> None:
         codes = codes_of(S8, (K, N))
@@ -156,7 +181,9 @@ def cached(name: str, move: bool) -> Case:
         f = net.op("DequantizeLinear", ["past", net.const("s", np.float32(0.01))], "f", name="k_dq")
         if move:
             f = net.op("Reshape", [f, net.const("to", np.array([-1, K]))], "flat", name="flat")
-        net.op("MatMul", ["x", net.op("Transpose", [f], "t", name="t", perm=[1, 0] if move else [0, 2, 1])], "y", name="mm")
+        net.op(
+            "MatMul", ["x", net.op("Transpose", [f], "t", name="t", perm=[1, 0] if move else [0, 2, 1])], "y", name="mm"
+        )
 
     feeds = lambda m: {"past": codes_of(S8, (1, 64, K))}  # noqa: E731
     return graph(name, build, feeds=feeds, weights=64 * K)
@@ -211,9 +238,21 @@ def gemm_bias(name: str, *, fits: bool, zero: bool = True, out_q: bool = False) 
         a = activation(net, "x", U8)
         ws = np.full(N, 0.001, np.float32)
         zeros = [net.const("wz", np.zeros(N, np.int8))] if zero else []
-        f = net.op("DequantizeLinear", [net.const("w", codes_of(S8, (K, N))), net.const("ws", ws), *zeros], "f", name="w_dq", axis=1)
+        f = net.op(
+            "DequantizeLinear",
+            [net.const("w", codes_of(S8, (K, N))), net.const("ws", ws), *zeros],
+            "f",
+            name="w_dq",
+            axis=1,
+        )
         bs = ws * np.float32(8.0 / 255) if fits else np.full(N, 0.01, np.float32)
-        b = net.op("DequantizeLinear", [net.const("b", np.arange(N, dtype=np.int32) * 500), net.const("bs", bs)], "bf", name="tie_dq", axis=0)
+        b = net.op(
+            "DequantizeLinear",
+            [net.const("b", np.arange(N, dtype=np.int32) * 500), net.const("bs", bs)],
+            "bf",
+            name="tie_dq",
+            axis=0,
+        )
         net.op("Gemm", [a, f, b], "h" if out_q else "y", name="mm")
         if out_q:
             activation(net, "h", U8, span=4000.0)

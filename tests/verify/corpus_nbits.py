@@ -34,7 +34,7 @@ def nbits(
     k: int = 256,
     opset: int = 21,
 ) -> Case:
-    """One MatMulNBits called ``site``. ``zeros``: none, packed, float, input; ``scales`` and ``codes``: const, input, default."""
+    """One MatMulNBits called ``site``. ``scales``, ``codes``: const, input, default; ``zeros`` also packed or float."""
     w = NBits(n, k, bits, bs, asym=zeros != "none")
     net, extra = Net(opset), dict[str, Array]()
     shape: tuple[int | str, ...] = ("M", 2, k) if batched else ("M", k)

@@ -1,4 +1,4 @@
-"""Graphs of the runtime's other low-bit ops: tables, integer kernels written out, experts, caches, ops without a kernel."""
+"""Graphs of the runtime's other low-bit ops: tables, integer kernels, experts, caches, ops without a kernel."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def bnb4(name: str, kind: int, bs: int) -> Case:
     """MatMulBnb4: 4-bit codes of a 16-value code book, the first in the high half of the byte."""
     book = {
         0: [0.0, 5.208333e-03, 0.6666667, 1.0, 0.3333333, 0.5, 0.1666667, 0.25],
-        1: [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.07958030]
-        + [0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0],
+        1: [0.0, 0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0],
     }[kind]
-    values = np.array(book + [-v for v in book] if kind == 0 else book)
+    below = [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004]
+    values = np.array([*book, *(-v for v in book)] if kind == 0 else [*below, *book])
     codes = rng(21, kind).integers(0, 16, (N, K))
     scale = (0.5 + rng(22).random(N * K // bs)).astype(np.float32)
     flat = codes.reshape(-1)
@@ -51,8 +51,17 @@ def bnb4(name: str, kind: int, bs: int) -> Case:
     return done(name, net, lambda m: {"x": rows(("M", K), m)}, expect, weights=K * N)
 
 
-def table(name: str, element: int = U8, bits: int = 4, *, zero: bool = False, f16: bool = False, bs: int = 32,
-          indices: int = I64, **attrs: Any) -> Case:
+def table(
+    name: str,
+    element: int = U8,
+    bits: int = 4,
+    *,
+    zero: bool = False,
+    f16: bool = False,
+    bs: int = 32,
+    indices: int = I64,
+    **attrs: Any,
+) -> Case:
     """GatherBlockQuantized along rows, blocks along columns."""
     width, groups = 128, 128 // bs
     float_type = np.float16 if f16 else np.float32
@@ -85,9 +94,18 @@ def table(name: str, element: int = U8, bits: int = 4, *, zero: bool = False, f1
     return done(name, net, feed, lambda f: value[f["i"]], out=F16 if f16 else FLOAT, weights=ROW_COUNT * width)
 
 
-def integer(name: str, op: str, *, a: int = U8, b: int = S8, how: str = "channel", bias: bool = False, block: bool = False,
-            quantized: bool = False) -> Case:
-    """An integer product written out: QLinearMatMul, MatMulIntegerToFloat, QGemm, DynamicQuantizeMatMul, MatMulInteger."""
+def integer(
+    name: str,
+    op: str,
+    *,
+    a: int = U8,
+    b: int = S8,
+    how: str = "channel",
+    bias: bool = False,
+    block: bool = False,
+    quantized: bool = False,
+) -> Case:
+    """An integer product written out, ``x`` codes but for DynamicQuantizeMatMul; ``quantized`` gives a QGemm codes."""
     kinds = {U8: np.uint8, S8: np.int8}
     az, bz = (128 if a == U8 else 0), (128 if b == U8 else 0)
     codes = codes_of(b, (K, N), 2)
@@ -161,7 +179,12 @@ def attention(name: str, a: int = U8) -> Case:
     net = Net()
     x = net.input("x", (1, "M", hidden), a)
     ins = [x, net.const("w", codes_of(S8, (hidden, 3 * hidden), 5)), net.const("b", np.zeros(3 * hidden, np.float32))]
-    ins += [net.const("xs", np.float32(0.02)), net.const("ws", np.float32(0.005)), "", net.const("xz", np.array(0, kind))]
+    ins += [
+        net.const("xs", np.float32(0.02)),
+        net.const("ws", np.float32(0.005)),
+        "",
+        net.const("xz", np.array(0, kind)),
+    ]
     ins += [net.const("wz", np.array(0, np.int8))]
     net.op("ms:QAttention", ins, "y", name="site", num_heads=heads)
     feed = lambda m: {"x": rng(m).integers(0, 100, (1, m, hidden)).astype(kind)}  # noqa: E731
@@ -173,8 +196,20 @@ def lstm(name: str) -> Case:
     hidden, size = 32, 64
     net = Net()
     x = net.input("x", ("M", 1, size))
-    ins = [x, net.const("w", codes_of(S8, (1, size, 4 * hidden), 6)), net.const("r", codes_of(S8, (1, hidden, 4 * hidden), 7))]
-    ins += ["", "", "", "", "", net.const("ws", np.full((1,), 0.005, np.float32)), net.const("wz", np.zeros(1, np.int8))]
+    ins = [
+        x,
+        net.const("w", codes_of(S8, (1, size, 4 * hidden), 6)),
+        net.const("r", codes_of(S8, (1, hidden, 4 * hidden), 7)),
+    ]
+    ins += [
+        "",
+        "",
+        "",
+        "",
+        "",
+        net.const("ws", np.full((1,), 0.005, np.float32)),
+        net.const("wz", np.zeros(1, np.int8)),
+    ]
     ins += [net.const("rs", np.full((1,), 0.005, np.float32)), net.const("rz", np.zeros(1, np.int8))]
     net.op("ms:DynamicQuantizeLSTM", ins, "y", name="site", hidden_size=hidden)
     return done(name, net, lambda m: {"x": rows(("M", 1, size), m)}, None, weights=4 * hidden * size)
@@ -191,14 +226,33 @@ def cache(name: str, bits: int) -> Case:
     element = S8 if bits == 8 else U8
     net.input("pk", ("B", kv, past, width), element)
     net.input("pv", ("B", kv, past, width), element)
-    ins = ["q", "k", "v", "pk", "pv", net.const("len", np.array([past], np.int32)), net.const("total", np.int32(past + 1))]
+    ins = [
+        "q",
+        "k",
+        "v",
+        "pk",
+        "pv",
+        net.const("len", np.array([past], np.int32)),
+        net.const("total", np.int32(past + 1)),
+    ]
     ins += ["", "", "", "", "", net.const("ks", np.float32(0.05)), net.const("vs", np.float32(0.05))]
-    net.op("ms:GroupQueryAttention", ins, "y kk vv", name="site", num_heads=heads, kv_num_heads=kv, kv_cache_bit_width=bits,
-           k_quant_type="PER_TENSOR", v_quant_type="PER_TENSOR")
+    net.op(
+        "ms:GroupQueryAttention",
+        ins,
+        "y kk vv",
+        name="site",
+        num_heads=heads,
+        kv_num_heads=kv,
+        kv_cache_bit_width=bits,
+        k_quant_type="PER_TENSOR",
+        v_quant_type="PER_TENSOR",
+    )
 
     def feed(m: int) -> dict[str, Array]:
         r = rng(m)
-        out: dict[str, Array] = {q: r.standard_normal((1, 1, h * dim)).astype(np.float32) for q, h in (("q", heads), ("k", kv), ("v", kv))}
+        out: dict[str, Array] = {
+            q: r.standard_normal((1, 1, h * dim)).astype(np.float32) for q, h in (("q", heads), ("k", kv), ("v", kv))
+        }
         low, high = (-128, 128) if bits == 8 else (0, 256)
         return out | {p: r.integers(low, high, (1, kv, past, width)).astype(kind) for p in ("pk", "pv")}
 
@@ -212,10 +266,12 @@ def moe(name: str, bits: int, bs: int | None) -> Case:
     net = Net()
     x = net.input("x", ("M", hidden))
     net.input("r", ("M", experts))
+
     def part(tag: str, n: int, k: int) -> list[str]:
         codes = rng(51, n).integers(0, 256, (experts, n, k // per)).astype(np.uint8)
         shape = (experts, n) if bs is None else (experts, n, k // bs)
         return [net.const(f"{tag}w", codes), net.const(f"{tag}s", np.full(shape, 0.01, np.float32))]
+
     ins = [x, "r", *part("a", inter, hidden), "", *part("b", hidden, inter)]
     attrs: dict[str, Any] = {"k": 1, "activation_type": "relu", "expert_weight_bits": bits}
     if bs is not None:
@@ -230,8 +286,13 @@ def no_kernel(name: str, op: str) -> Case:
     net = Net()
     x = net.input("x", ("M", K))
     w = net.const("w", np.zeros((N, K), ml_dtypes.float8_e4m3fn))
-    net.op(f"ms:{op}", [x, w, net.const("s", np.ones((N // 128, K // 128), np.float32))], "y", name="site",
-           **({"block_size": 128, "K": K, "N": N} if op != "GemmFloat8" else {"transB": 1}))
+    net.op(
+        f"ms:{op}",
+        [x, w, net.const("s", np.ones((N // 128, K // 128), np.float32))],
+        "y",
+        name="site",
+        **({"block_size": 128, "K": K, "N": N} if op != "GemmFloat8" else {"transB": 1}),
+    )
     return done(name, net, lambda m: {"x": rows(("M", K), m)}, None, weights=K * N)
 
 

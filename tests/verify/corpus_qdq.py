@@ -56,7 +56,7 @@ def weight(
     as_input: str = "",
     domain: str = "",
 ) -> tuple[str, Array]:
-    """A DequantizeLinear called ``<name>_dq`` of a constant; ``how``: block, channel, tensor, tensor1. Also its float64 value.
+    """A DequantizeLinear ``<name>_dq`` of a constant; ``how``: block, channel, tensor, tensor1. Also its float64 value.
 
     ``as_input`` names what is a graph input with a default instead of a constant: scale or codes.
     """
@@ -133,7 +133,7 @@ def weight_only(
     left: bool = False,
     **config: Any,
 ) -> Case:
-    """x @ dequantize(w), the weight as [K, N]; ``op`` is MatMul, Gemm, GemmT (transB) or TransposeMatMul (w as [N, K])."""
+    """x @ dequantize(w), w as [K, N]; ``op``: MatMul, Gemm, or with w as [N, K] GemmT (transB) and TransposeMatMul."""
     net = Net(opset)
     shape: tuple[int | str, ...] = ("M", 2, K) if batched else ("M", K)
     if left:

@@ -51,7 +51,7 @@ def static(
     twice: bool = False,
     **config: Any,
 ) -> Case:
-    """Q/DQ of x, DQ of a weight, MatMul or Gemm (GemmT: transB), perhaps bias (float, int32), Relu and an output Q/DQ."""
+    """Q/DQ of x, DQ of a weight, MatMul or Gemm (GemmT: transB), perhaps bias, Relu and an output Q/DQ."""
     net = Net(opset)
     shape: tuple[int | str, ...] = ("M", 2, K) if batched else ("M", K)
     x = net.input("x", shape, F16 if f16 else FLOAT)

@@ -1,4 +1,4 @@
-"""What the runtime itself does with a graph, measured without the product: the yardstick that verdicts are held against.
+"""What the runtime itself does with a graph, measured without the product: the yardstick of every verdict.
 
 A graph is *bad* when it does not load or run, when its numbers are off, when a node's temporary memory holds the whole
 expanded weight, or when a float operation runs on a dequantized tensor.
@@ -162,7 +162,7 @@ def _open(path: str, folder: str, feeds: list[dict[str, Any]]) -> dict[str, Any]
     memory = Path(folder, "memory.csv")
     memory.unlink(missing_ok=True)
     options.add_session_config_entry("session.collect_node_memory_stats_to_file", str(memory))
-    log = tempfile.TemporaryFile()
+    log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
     kept = os.dup(2)
     os.dup2(log.fileno(), 2)
     out: dict[str, Any] = {"outputs": [], "memory": []}

@@ -1,4 +1,4 @@
-"""Every verdict against the runtime's own behaviour, graph by graph: with the runtime opened, and foretold without it."""
+"""Every verdict against the runtime's own behaviour, graph by graph: with the runtime open, and foretold without."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ def label(finding: Finding) -> str:
 
 
 def faults_of(case: Case, seen: Seen, errors: Sequence[Finding]) -> list[str]:
-    """What is wrong with a verdict: it disagrees, blames an op that is not at fault, or does not say why or what to do."""
+    """What is wrong with a verdict: it disagrees, blames the wrong op, or does not say why or what to do."""
     out = []
     if bool(errors) != bool(seen.bad):
         found = "; ".join(map(str, errors)) or "accepted"
         out.append(f"{case.name}: the runtime shows {seen.bad or 'a fused graph'} ({seen.ops}), the verdict is {found}")
-    out += [f"{case.name}: {f.code} blames '{f.op}', not one of {case.blame}" for f in errors if label(f) not in case.blame]
+    out += [
+        f"{case.name}: {f.code} blames '{f.op}', not one of {case.blame}" for f in errors if label(f) not in case.blame
+    ]
     out += [f"{case.name}: {f.code} gives no reason or no fix" for f in errors if not (f.reason and f.fix)]
     return out
 
@@ -57,7 +59,9 @@ def test_verdicts_agree_with_the_runtime(corpus: ModuleType, worker: Worker, tmp
             onnx.save(case.model, path)
             _, findings, _ = verify_file(path, chip, run=run, worker=worker)
             faults += faults_of(case, shown, [f for f in findings if f.severity == "error"])
-        print(f"{corpus.__name__}: {len(cases) - len(faults)} of {len(cases)} verdicts agree with the runtime, run={run}")
+        print(
+            f"{corpus.__name__}: {len(cases) - len(faults)} of {len(cases)} verdicts agree with the runtime, run={run}"
+        )
         assert not faults, "\n".join(faults)
 
 
