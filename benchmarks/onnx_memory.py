@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import psutil
+from circumstances import circumstances
 
 MIB = 1 << 20
 
@@ -105,9 +106,10 @@ def main() -> None:
                 rows.append({"source": "data file" if external else "one file", **json.loads(line)})
                 print(rows[-1], flush=True)
                 assert len(onnx.load(out, load_external_data=False).graph.initializer) == args.tensors
-    report = {"tensor_mib": round(total / args.tensors / MIB, 1), "tensors": args.tensors, "rows": rows}
     if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        tensor_mib = round(total / args.tensors / MIB, 1)
+        found = circumstances("benchmarks/onnx_memory.py", "onnx", "numpy", tensors=args.tensors, tensor_mib=tensor_mib)
+        args.json.write_text(json.dumps(found | {"runs": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from benchmarks.circumstances import circumstances
 from tests.backends.onnx.corpus import KINDS, Case, backend_cases, file_cases
 from tests.backends.onnx.roundtrip import Outcome, roundtrip
 from tests.support import data_folder
@@ -54,6 +55,7 @@ def main() -> int:
     args = parser.parse_args()
     parts = args.part or [*KINDS, *(p for p in ("onnx", "mnist", "ort_corpus") if (data_folder() / p).is_dir())]
     started = time.monotonic()
+    refused: dict[str, str] = {}
     tables: dict[str, Counter[str]] = {}
     for part in parts:
         chosen = [i for i, c in enumerate(cases_of(part)) if args.only in c.name]
@@ -66,6 +68,8 @@ def main() -> int:
                 except BrokenProcessPool:
                     name, verdict, detail = cases_of(part)[i].name, "wrong", "the process died"
                 tables[part][verdict] += 1
+                if verdict == "refused":
+                    refused[name] = detail.replace(f"{data_folder()}/", "")
                 if verdict in ("wrong", "refused") or args.verbose:
                     print(f"{verdict}: {name}: {detail[:400]}", flush=True)
         print(f"{part}: {dict(tables[part])}", flush=True)
@@ -75,7 +79,10 @@ def main() -> int:
     print(f"bit-equal outputs: {total['equal']} of {ran} models that run deterministically")
     print(f"same graph and same text: {survived} of {total.total() - total['refused']} ({total['refused']} refused)")
     if args.json is not None:
-        figures = {"parts": tables, "seconds": round(time.monotonic() - started), "total": total}
+        figures = circumstances(
+            "-m tests.backends.onnx.roundtrip_all", "onnx", "onnxruntime", optimizations="none", threads=1
+        )
+        figures |= {"seconds": round(time.monotonic() - started), "total": total, "parts": tables, "refused": refused}
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 1 if total["wrong"] else 0
 

@@ -92,7 +92,7 @@ def models(draw: st.DrawFn) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=13, doc_string=draw(TEXT))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(models(), st.booleans())
 def test_random_models_survive(model: onnx.ModelProto, external: bool) -> None:
     graph = load_onnx(model)
@@ -106,7 +106,7 @@ def test_random_models_survive(model: onnx.ModelProto, external: bool) -> None:
         assert show(load_onnx(path)) == show(load_onnx(to_model(graph)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(models(), st.integers(1, 40))
 def test_stripping_leaves_out_bytes_and_nothing_else(model: onnx.ModelProto, limit: int) -> None:
     old, wire.STRIP_LIMIT = wire.STRIP_LIMIT, limit
