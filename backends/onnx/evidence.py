@@ -281,6 +281,7 @@ def _whole_run(out: Inspection, opened: Opened) -> None:
 def _not_loaded(out: Inspection, opened: Opened, path: Path) -> None:
     """A model that does not load: the static finding that says why, else QC902 with the runtime's words."""
     errors = [f for v in out.static.nodes if v.verdict == "error" for f in v.findings]
+    errors += [f for f in out.static.findings if f.code == "QC201"]
     out.result.findings += [f for f in out.static.findings if f.severity == "error"]
     words = " ".join(opened.error.split())[:400]
     out.result.notes.append(f"the runtime does not load the model: {words}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from qcompiler.backends.onnx.conditions import Setting, broken
 from qcompiler.backends.onnx.kernels import accuracy_level
 from qcompiler.backends.onnx.nodes import DEFAULT, MS, LowBit, low_bit, low_bit_nodes
-from qcompiler.backends.onnx.qdq import Forecast, Fusion
+from qcompiler.backends.onnx.qdq import DQ, Forecast, Fusion, Q
 from qcompiler.backends.onnx.qdq_linear import weight_shape
 from qcompiler.backends.onnx.qdq_other import forecast
 from qcompiler.dtypes import TABLE, dtype
@@ -286,10 +286,25 @@ def examine(graph: Graph, target: Target, phases: Sequence[Phase] = PHASES, *, f
     out = Judgement(graph, [judge_node(node, setting) for node in low_bit_nodes(graph)])
     out.nodes += [judge_fusion(f, setting) for f in seen.fusions]
     out.findings = [f for v in out.nodes for f in v.findings]
+    if target.name == "ort-cpu":
+        out.findings += _scale_types(graph)
     rules = Rules(graph, seen.absorbed)
     for found in rules.run():
         out.findings.append(_explain(found, rules, seen.reasons))
     out.nodes += _unfused(rules, out)
+    return out
+
+
+def _scale_types(graph: Graph) -> list[Finding]:
+    """Quantizing ops whose scales are of a type that the CPU provider has no kernel for."""
+    out = []
+    for op in graph.walk():
+        scale = op.operand(1) if op.name in DQ | Q else None
+        kind = None if scale is None else scale.tensor.dtype
+        if kind is not None and kind.name not in ("f32", "f16"):
+            short = op.name.rpartition(".")[2]
+            reason = f"its scales are {kind}, and the CPU provider has kernels for f32 and f16"
+            out.append(Finding("QC201", op.label, f"{short} does not run", reason, "export the model in f32 or f16"))
     return out
 
 

@@ -41,7 +41,7 @@ _TYPE_IN_ERROR = (
 _NODE_IN_ERROR = (
     re.compile(r"node with name '([^']*)'"),
     re.compile(r"Name:'([^']*)'"),
-    re.compile(r"Node \(([^)]*)\)"),
+    re.compile(r"[Nn]ode \(([^)]*)\)"),
     re.compile(r"In Node, \(?\"([^\"]*)\""),
 )
 

@@ -18,7 +18,7 @@ from tests.verify.build import Case
 from tests.verify.measure import Seen, measure
 
 CORPORA = (corpus_nbits, corpus_qdq, corpus_w8a8, corpus_graphs, corpus_ops)
-TOTAL = 342
+TOTAL = 351
 
 
 @pytest.fixture(scope="module")
