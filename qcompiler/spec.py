@@ -24,8 +24,8 @@ from qcompiler.text import show_op, show_type
 
 
 def is_pure(op: Op) -> bool:
-    """True when an unused result makes the op removable: no in-place update, no op without results."""
-    if not op.results:
+    """True when an unused result makes the op removable: no in-place update or check, no op without results."""
+    if not op.results or "effect" in op.meta:
         return False
     if op.name.startswith(("onnx.", "q.", "com.microsoft.")):
         return True

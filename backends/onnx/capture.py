@@ -104,7 +104,7 @@ def _exported(
     progress.stage("torch.export to ONNX")
     folder = Path(tempfile.mkdtemp(prefix="qcompiler-"))
     try:
-        file = export_onnx(model, _tuple(args), dynamic_shapes, folder / "model.onnx")
+        file = export_onnx(model, _tuple(args), dynamic_shapes, folder / "model.onnx", external=True)
         captured = Captured(tied_again(load_onnx(file)), kind, path, sha256, file)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
