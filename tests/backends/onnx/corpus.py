@@ -27,7 +27,9 @@ MAX_OPSET = 27
 """The newest opset of which ONNX Runtime 1.31 knows the operators."""
 SIZES = (2, 1, 4, 8, 16, 3, 64, 512)
 """What unknown dimensions become; a model that runs with none of these counts as not run."""
-MOST_ELEMENTS = 1 << 22
+MOST_ELEMENTS = 1 << 23
+CHANGING = {"dummy_whisper_with_sequence_input_ids.onnx"}
+"""ORT 1.31 computes one of several results from these, by what the memory held before."""
 
 Source = Path | onnx.ModelProto
 
@@ -203,6 +205,13 @@ class Reference:
     stable: bool
 
 
+def random_ops(source: Source) -> bool:
+    """True when an operator of the model may draw random numbers."""
+    model = source if isinstance(source, onnx.ModelProto) else onnx.load(source, load_external_data=False)
+    names = re.compile(r"Random|Dropout|Multinomial|Bernoulli|Sampling")
+    return any(names.search(n.op_type) for part in (model.graph, *model.functions) for n in part.node)
+
+
 def reference(case: Case) -> Reference | str:
     """What ORT computes for ``case``, or in a few words why it computes nothing."""
     try:
@@ -220,5 +229,7 @@ def reference(case: Case) -> Reference | str:
         except Exception as e:
             why = why or str(e)[:160]
             continue
-        return Reference(feeds, outputs, run(session(case.source), feeds) == outputs)
+        again = (run(session(case.source), feeds) for _ in range(8 if random_ops(case.source) else 1))
+        stable = Path(case.name).name not in CHANGING and all(o == outputs for o in again)
+        return Reference(feeds, outputs, stable)
     return f"ORT does not run it: {why}"
