@@ -397,7 +397,7 @@ def test_a_linked_model_finds_the_data_beside_its_target(tmp_path: Path) -> None
 # -- where nodes came from -------------------------------------------------------------------------------------
 
 TRACE = (
-    'File "/home/me/net.py", line 11, in forward\n    return self.q(x)\n'
+    'File "/src/net.py", line 11, in forward\n    return self.q(x)\n'
     'File "/venv/site-packages/torch/nn/modules/linear.py", line 134, in forward\n    return F.linear(x)'
 )
 
