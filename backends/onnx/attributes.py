@@ -8,6 +8,7 @@ Graphs are no attributes but regions.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import onnx
@@ -20,6 +21,8 @@ from qcompiler.payload import Payload
 
 _A = onnx.AttributeProto
 EMPTY, SPARSE, TYPE = "onnx.empty", "onnx.sparse", "onnx.type"
+LIST_KEY = re.compile(r"(.+)\.(\d+)\Z")
+"""The key of a region that is one of a list of graphs: ``name.0``, ``name.1`` ..."""
 GRAPHS: frozenset[int] = frozenset({_A.GRAPH, _A.GRAPHS})
 _LIST_FIELDS: dict[int, str] = {
     _A.FLOATS: "floats",

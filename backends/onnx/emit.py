@@ -6,7 +6,6 @@ it, since it drops or changes some of them. Constants are copied a piece at a ti
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from qcompiler.backends.onnx import wire
-from qcompiler.backends.onnx.attributes import TYPE, attribute_proto
+from qcompiler.backends.onnx.attributes import LIST_KEY, TYPE, attribute_proto
 from qcompiler.backends.onnx.provenance import as_dict, extra_metadata, put_notes, put_pairs
 from qcompiler.backends.onnx.storage import (
     EXTERNAL_OVER,
@@ -38,7 +37,6 @@ MAX_IR = 13
 """The newest IR version that the oldest supported ONNX Runtime loads."""
 DEFAULT_IR, DEFAULT_OPSET = 10, 21
 """For graphs that came from no file."""
-_LIST_KEY = re.compile(r"(.+)\.(\d+)\Z")
 
 
 @dataclass(frozen=True)
@@ -278,6 +276,8 @@ class _Encoder:
         nodes = []
         for op in ops:
             domain, _, op_type = op.name.rpartition(".")
+            if (dotted := op.meta.get("op_type")) is not None and op.name.endswith(f".{dotted}"):
+                domain, op_type = op.name.removesuffix(f".{dotted}"), dotted
             if domain == "q":
                 raise StructureError(f"{op.name} '{op.label}' cannot be written as ONNX; lower it first")
             if not domain:
@@ -291,7 +291,8 @@ class _Encoder:
 
     def node(self, op: Op, proto: onnx.NodeProto, taken: set[str]) -> wire.Rope:
         where = f"{op.name} '{op.label}'"
-        proto.name = op.loc.name
+        if op.loc.name:
+            proto.name = op.loc.name
         put_notes(proto, op.meta)
         for key, value in extra_metadata(op.loc, proto.op_type, as_dict(op.meta.get("metadata_props"))).items():
             proto.metadata_props.add(key=key, value=value)
@@ -309,7 +310,7 @@ class _Encoder:
         rope = wire.Rope(proto.SerializeToString())
         lists: dict[str, list[Graph]] = {}
         for key, region in op.regions.items():
-            if (m := _LIST_KEY.match(key)) is not None:
+            if (m := LIST_KEY.match(key)) is not None:
                 lists.setdefault(m[1], []).append(region)
             else:
                 rope.message(5, self.graph_attribute(key, [region], docs.get(key, ""), taken, single=True))

@@ -23,6 +23,7 @@ import onnx
 from qcompiler.backends.onnx.attributes import (
     EMPTY,
     GRAPHS,
+    LIST_KEY,
     SPARSE,
     TYPE,
     attr_of,
@@ -285,6 +286,10 @@ class _Loader:
             kind = attribute_type(attribute)
             if kind not in GRAPHS or attribute.ref_attr_name:
                 op.attrs[name] = attr_of(attribute, self.origin, where)
+            elif LIST_KEY.match(name):
+                raise InputError(
+                    f"{where}: qcompiler cannot name a nested graph '{name}'; call the attribute differently"
+                )
             elif kind == onnx.AttributeProto.GRAPH:
                 self.fill(op.graph.add_region(op, name), _Protos(attribute.g, same.g), scope)
             elif not attribute.graphs:
@@ -306,6 +311,6 @@ def _stated(proto: onnx.TypeProto) -> tuple[Type, Atom | None]:
 
 def _op_name(node: onnx.NodeProto, where: str) -> str:
     domain = "onnx" if node.domain in DEFAULT_DOMAINS else text(node.domain)
-    if node.domain in ("onnx", "q") or "." in node.op_type or not node.op_type:
+    if node.domain in ("onnx", "q") or not node.op_type:
         raise InputError(f"{where}: qcompiler cannot name operator '{node.op_type}' of domain '{node.domain}'")
     return f"{domain}.{text(node.op_type)}"

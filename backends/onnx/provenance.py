@@ -114,6 +114,8 @@ def put_notes(proto: Any, meta: Mapping[str, Attr]) -> None:
 def node_notes(node: onnx.NodeProto) -> dict[str, Attr]:
     """What a node has besides its operator, wires and attributes."""
     meta = notes_of(node)
+    if "." in node.op_type:
+        meta["op_type"] = text(node.op_type)  # where it begins in the name of the op
     if node.overload:
         meta["overload"] = text(node.overload)
     if found := getattr(node, "device_configurations", ()):

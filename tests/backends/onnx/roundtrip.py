@@ -42,6 +42,8 @@ def roundtrip(case: Case, folder: Path, *, external: bool | None = None) -> Outc
     emit_onnx(graph, out, external=external)
     if difference := compare_models(proto_of(case.source), proto_of(out)):
         return Outcome("wrong", difference)
+    if valid(case.source) and not valid(out):
+        return Outcome("wrong", "onnx's checker accepts the model and not what was emitted")
     if show(graph) != text:
         return Outcome("wrong", "emission changed the graph")
     again = load_onnx(out)
@@ -56,6 +58,15 @@ def roundtrip(case: Case, folder: Path, *, external: bool | None = None) -> Outc
     if not found.stable:
         return Outcome("structure", "computes something else each time")
     return Outcome("equal") if outputs == found.outputs else Outcome("wrong", "outputs differ")
+
+
+def valid(source: Path | onnx.ModelProto) -> bool:
+    """What onnx's own checker says."""
+    try:
+        onnx.checker.check_model(source)
+    except Exception:
+        return False
+    return True
 
 
 def proto_of(source: Path | onnx.ModelProto) -> onnx.ModelProto:

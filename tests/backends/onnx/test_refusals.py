@@ -200,6 +200,13 @@ def _twice(graph: onnx.GraphProto) -> None:
     graph.node[0].attribute.extend([helper.make_attribute("k", 1), helper.make_attribute("k", 2)])
 
 
+def _graph_called(name: str) -> Change:
+    def edit(graph: onnx.GraphProto) -> None:
+        graph.node[0].attribute.append(helper.make_attribute(name, onnx.GraphProto()))
+
+    return edit
+
+
 def _tensor(**fields: object) -> Change:
     def edit(graph: onnx.GraphProto) -> None:
         for name, value in fields.items():
@@ -233,7 +240,8 @@ def _tensor(**fields: object) -> Change:
             lambda g: g.node.append(helper.make_node("X", ["x"], ["z"], domain="q")),
             "cannot name operator 'X' of domain 'q'",
         ),
-        (lambda g: g.node.append(helper.make_node("a.b", ["x"], ["z"])), "cannot name operator 'a.b'"),
+        (lambda g: g.node.append(helper.make_node("", ["x"], ["z"])), "cannot name operator ''"),
+        (_graph_called("body.0"), "cannot name a nested graph 'body.0'"),
         (_tensor(data_type=99), "tensor 'w' has the element type 99"),
         (_tensor(data_type=TensorProto.FLOAT6E2M3), "tensor 'w' has the element type FLOAT6E2M3"),
         (_tensor(dims=[-300]), "impossible shape [-300]"),
