@@ -16,7 +16,7 @@ from qcompiler.backends.onnx.kernels import accuracy_level
 from qcompiler.backends.onnx.nodes import DEFAULT, MS, LowBit, low_bit, low_bit_nodes
 from qcompiler.backends.onnx.qdq import DQ, Forecast, Fusion, Q
 from qcompiler.backends.onnx.qdq_linear import weight_shape
-from qcompiler.backends.onnx.qdq_other import forecast
+from qcompiler.backends.onnx.qdq_other import forecast, unloadable
 from qcompiler.dtypes import TABLE, dtype
 from qcompiler.ir import Graph, Op
 from qcompiler.scheme import Scheme
@@ -287,8 +287,8 @@ def examine(graph: Graph, target: Target, phases: Sequence[Phase] = PHASES, *, f
     out.nodes += [judge_fusion(f, setting) for f in seen.fusions]
     out.findings = [f for v in out.nodes for f in v.findings]
     if target.name == "ort-cpu":
-        out.findings += _scale_types(graph)
-    rules = Rules(graph, seen.absorbed)
+        out.findings += _scale_types(graph) + ([] if final else _broken_by_optimizer(graph))
+    rules = Rules(graph, seen.absorbed, seen.dropped)
     for found in rules.run():
         out.findings.append(_explain(found, rules, seen.reasons))
     out.nodes += _unfused(rules, out)
@@ -305,6 +305,16 @@ def _scale_types(graph: Graph) -> list[Finding]:
             short = op.name.rpartition(".")[2]
             reason = f"its scales are {kind}, and the CPU provider has kernels for f32 and f16"
             out.append(Finding("QC201", op.label, f"{short} does not run", reason, "export the model in f32 or f16"))
+    return out
+
+
+def _broken_by_optimizer(graph: Graph) -> list[Finding]:
+    """Models that the runtime's own optimizer makes invalid."""
+    out = []
+    for dq, op in unloadable(graph):
+        message = f"ONNX Runtime does not load the model: it moves '{dq.label}' past '{op.label}'"
+        reason = "its optimizer turns a moved int8 quantize into uint8 and leaves the stated type int8"
+        out.append(Finding("QC902", dq.label, message, reason, "quantize activations to uint8, or use opset 13 to 20"))
     return out
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from qcompiler.backends.onnx.load import opset_of
 from qcompiler.dtypes import Array
 from qcompiler.ir import Dim, Op, Value
 from qcompiler.verify.static import MOVES
@@ -18,8 +19,11 @@ DQ = frozenset({"onnx.DequantizeLinear", "com.microsoft.DequantizeLinear"})
 Q = frozenset({"onnx.QuantizeLinear", "com.microsoft.QuantizeLinear"})
 DYNAMIC = "onnx.DynamicQuantizeLinear"
 BYTES = frozenset({"int8", "uint8"})
-MOVABLE = frozenset(f"onnx.{n}" for n in ("Transpose", "Reshape", "Squeeze", "Unsqueeze"))
+MOVABLE = frozenset(f"onnx.{n}" for n in ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice"))
 """Ops past which the optimizer moves a DequantizeLinear or QuantizeLinear with one scale."""
+TYPED_QUANTIZE = 21
+"""From this opset on a QuantizeLinear states its type, and the optimizer changes an int8 one that it has moved to uint8
+without changing that statement: the model does not load."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,12 @@ class NotFused(Exception):
 
 @dataclass
 class Forecast:
-    """What will be fused, and why the rest will not: op -> reason."""
+    """What will be fused, why the rest will not (op -> reason), and which ops vanish."""
 
     fusions: list[Fusion] = field(default_factory=list)
     reasons: dict[Op, str] = field(default_factory=dict)
+    dropped: set[Op] = field(default_factory=set)
+    """Relus and Clips that the optimizer takes away, since the quantize behind them does their work."""
 
     @property
     def absorbed(self) -> frozenset[Op]:
@@ -164,10 +170,19 @@ def need_activation(dq: Op, moved: bool) -> None:
     """Raise unless an activation's DequantizeLinear can be fused into what reads it."""
     need_bytes(dq, f"the activation of '{dq.label}'")
     if code_type(dq) == "int8":
-        if moved:
+        if moved and opset_of(dq.graph) >= TYPED_QUANTIZE:
             raise NotFused(f"the int8 activation of '{dq.label}' passes data movement; only uint8 survives that")
         if readers(dq) > 1:
             raise NotFused(f"the int8 activation of '{dq.label}' is read {readers(dq)} times; only uint8 may be")
+
+
+def need_result(tail: Tail) -> None:
+    """Raise unless an int8 result is read once: the optimizer turns that into uint8, and leaves what is read twice."""
+    if tail.quantize is None or code_type(tail.quantize) != "int8":
+        return
+    times = sum(len(u.results[0].uses) if u.name in DQ else 1 for u in tail.quantize.results[0].users)
+    if times > 1:
+        raise NotFused(f"its int8 result is read {times} times; only uint8 may be")
 
 
 def block_scales(dq: Op) -> bool:
@@ -192,7 +207,7 @@ def tail_of(op: Op) -> Tail:
         after = following.results[0]
         single = only_user(after)
         if single is not None:
-            if single.name not in Q or not _redundant(following, single):
+            if single.name not in Q or not redundant(following, single):
                 kind = following.name.rpartition(".")[2]
                 raise NotFused(f"{kind} '{following.label}' behind it is fused into the float op first")
             return Tail((op, following, single), single, single.results[0])
@@ -204,14 +219,22 @@ def tail_of(op: Op) -> Tail:
     return Tail((op, following), following, following.results[0])
 
 
-def _redundant(clip: Op, quantize: Op) -> bool:
-    """A Relu before a quantize whose zero point is the smallest code."""
-    if clip.name != "onnx.Relu":
+def redundant(clip: Op, quantize: Op) -> bool:
+    """A Relu or Clip that cuts off nothing which the quantize behind it does not cut off too."""
+    scale, zero = constant_array(quantize.operand(1)), constant_array(quantize.operand(2))
+    codes = {"uint8": (0, 255), "int8": (-128, 127)}.get(code_type(quantize) or "uint8")
+    if scale is None or codes is None or scale.size != 1 or (zero is None and quantize.operand(2) is not None):
         return False
-    if quantize.operand(2) is None:
-        return code_type(quantize) in ("uint8", "")
-    zeros, lowest = constant_array(quantize.operand(2)), {"uint8": 0, "int8": -128}.get(code_type(quantize))
-    return zeros is not None and lowest is not None and bool((zeros == lowest).all())
+    middle = 0.0 if zero is None else float(zero.reshape(-1)[0])
+    low, high = ((c - middle) * float(scale.reshape(-1)[0]) for c in codes)
+    slack = 1e-6 * (high - low)
+    if clip.name == "onnx.Relu":
+        return low >= -slack
+    bounds = [constant_array(v) for v in (clip.operand(1), clip.operand(2))]
+    if any(b is None for b, v in zip(bounds, (clip.operand(1), clip.operand(2)), strict=True) if v is not None):
+        return False
+    under, over = bounds
+    return (under is None or low >= float(under) - slack) and (over is None or high <= float(over) + slack)
 
 
 def same_parameters(a: Op, b: Op) -> bool:

@@ -23,6 +23,7 @@ from qcompiler.backends.onnx.qdq import (
     is_constant,
     need_activation,
     need_bytes,
+    need_result,
     only_user,
     rank,
     shape_of,
@@ -197,6 +198,7 @@ def both(p: Product, xdq: Op, moved: bool, wdq: Op, path: tuple[Op, ...]) -> Fus
     maker = None if xdq.operand(0) is None else xdq.operand(0).owner  # type: ignore[union-attr]  # None is asked first
     dynamic = maker is not None and maker.name == DYNAMIC
     tail = tail_of(p.last)
+    need_result(tail)
     if tail.quantize is not None and code_type(tail.quantize) != code_type(xdq):
         raise NotFused(f"its result is quantized to {code_type(tail.quantize)}, its input to {code_type(xdq)}")
     wrong = ""

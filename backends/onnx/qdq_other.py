@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from qcompiler.backends.onnx.load import opset_of
 from qcompiler.backends.onnx.qdq import (
     BYTES,
+    MOVABLE,
+    TYPED_QUANTIZE,
     Forecast,
     Fusion,
     NotFused,
@@ -15,7 +18,9 @@ from qcompiler.backends.onnx.qdq import (
     is_constant,
     need_activation,
     need_bytes,
+    need_result,
     only_user,
+    redundant,
     same_parameters,
     tail_of,
 )
@@ -32,6 +37,7 @@ BINARY = _onnx("Add Mul")
 DROPPED = _onnx("Identity Expand Flatten Gather GatherElements Reshape Slice Squeeze Tile Transpose Unsqueeze")
 ORDERED = _onnx("MaxPool ReduceMax ReduceMin Resize")
 LINEAR = _onnx("MatMul Gemm")
+CLIPS = _onnx("Relu Clip")
 
 
 def fuse_conv(op: Op) -> Fusion | None:
@@ -48,6 +54,7 @@ def fuse_conv(op: Op) -> Fusion | None:
     tail = tail_of(op)
     if tail.quantize is None:
         raise NotFused("its result is not quantized, and QLinearConv gives codes")
+    need_result(tail)
     kinds = code_type(tail.quantize), code_type(x[0])
     if kinds[0] != kinds[1]:
         raise NotFused(f"its result is quantized to {kinds[0]}, its input to {kinds[1]}")
@@ -74,7 +81,11 @@ def fuse_elementwise(op: Op) -> Fusion | None:
         need_bytes(dq, f"'{dq.label}'")
         if block_scales(dq):
             raise NotFused(f"'{dq.label}' has scales in blocks")
+        if len(dqs) > 1 and is_constant(dq.operand(0)) and code_type(dq) == "int8":
+            raise NotFused(f"int8 activations become uint8, and the constant of '{dq.label}' stays int8")
+        need_activation(dq, moved=False)
     tail = tail_of(op)
+    need_result(tail)
     kinds = {code_type(d) for d in dqs} | {code_type(q) for q in [tail.quantize] if q is not None}
     if tail.quantize is None or len(kinds - {""}) != 1:
         raise NotFused(f"its codes are of types {', '.join(sorted(kinds))}, not of one")
@@ -84,9 +95,11 @@ def fuse_elementwise(op: Op) -> Fusion | None:
 def fuse_movement(op: Op) -> Fusion | None:
     """DequantizeLinear -> data movement -> QuantizeLinear, both with one scale  ->  the movement of the codes.
 
-    Identities are dropped first, and so is a pair behind a pair.
+    Identities are dropped first, and so is a pair behind a pair; a MaxPool needs no quantize behind it.
     """
     dq, q = dequantize_of(op.operand(0)), only_user(op.results[0])
+    if dq is not None and op.name == "onnx.MaxPool" and (q is None or q.name not in Q) and code_type(dq) in BYTES:
+        return Fusion(op, "MaxPool", frozenset({op}), op.results[0])
     if dq is None or q is None or q.name not in Q:
         return None
     if not same_parameters(dq, q):
@@ -110,9 +123,29 @@ def _fuse(op: Op) -> Fusion | None:
     return None
 
 
+def _does_nothing(clip: Op) -> bool:
+    following = only_user(clip.results[0])
+    return following is not None and following.name in Q and redundant(clip, following)
+
+
+def unloadable(graph: Graph) -> list[tuple[Op, Op]]:
+    """Dequantizes of int8 activations, with the op past which the optimizer moves them and so breaks the model."""
+    if opset_of(graph) < TYPED_QUANTIZE:
+        return []
+    out = []
+    for op in graph.walk():
+        dq = dequantize_of(op.operand(0)) if op.name in MOVABLE | {"onnx.MaxPool"} else None
+        if dq is None or dq.name != "onnx.DequantizeLinear" or code_type(dq) != "int8" or is_constant(dq.operand(0)):
+            continue
+        following = only_user(op.results[0])
+        if following is None or following.name not in Q:
+            out.append((dq, op))
+    return out
+
+
 def forecast(graph: Graph) -> Forecast:
     """What the CPU provider's optimizer will fuse in ``graph`` at its default level."""
-    out = Forecast()
+    out = Forecast(dropped={op for op in graph.walk() if op.name in CLIPS and _does_nothing(op)})
     taken: set[Op] = set()
     for op in graph.walk():
         if op in taken or not op.results:

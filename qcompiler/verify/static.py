@@ -108,11 +108,11 @@ class Reached:
     path: tuple[Op, ...]
 
 
-def movement(graph: Graph) -> nx.DiGraph:
-    """Value -> value edges through data movement, regions included; each edge has its op."""
+def movement(graph: Graph, dropped: AbstractSet[Op] = frozenset()) -> nx.DiGraph:
+    """Value -> value edges through data movement and ``dropped`` ops, regions included; each edge has its op."""
     out = nx.DiGraph()
     for op in graph.walk():
-        if op.name not in MOVES:
+        if op.name not in MOVES and op not in dropped:
             continue
         for value in op.operands if base_name(op) in ("Concat", "cat") else op.operands[:1]:
             for result in op.results:
@@ -166,16 +166,17 @@ FIX_PAIR = "remove the pair: it changes nothing but rounding"
 
 @dataclass
 class Rules:
-    """One judgement of one graph. ``absorbed``: ops that the runtime is known to fuse away."""
+    """One judgement of one graph. ``absorbed``: ops known to be fused away; ``dropped``: ops known to do nothing."""
 
     graph: Graph
     absorbed: AbstractSet[Op] = frozenset()
+    dropped: AbstractSet[Op] = frozenset()
     findings: list[Finding] = field(default_factory=list)
     blamed: dict[Op, Finding] = field(default_factory=dict)
     """Float op -> the finding of the weight that it reads expanded."""
 
     def __post_init__(self) -> None:
-        self.moves = movement(self.graph)
+        self.moves = movement(self.graph, self.dropped)
 
     def run(self) -> list[Finding]:
         """All findings: weights first, since what surrounds an unfused weight is its consequence."""
@@ -319,8 +320,9 @@ class Rules:
         assert codes is not None
         source, looked_up = source_of(codes)
         maker = source.owner
-        quantized = maker is not None and is_quantize(maker)
-        kernel = maker is not None and (is_integer_kernel(maker) or maker.name in _ORDER_KEEPERS)
+        fused = maker in self.absorbed
+        quantized = maker is not None and is_quantize(maker) and not fused
+        kernel = maker is not None and (fused or is_integer_kernel(maker) or maker.name in _ORDER_KEEPERS)
         every = reached(op.results[0], self.moves)
         users = [r for r in every if r.op not in self.absorbed]
         for r in users:

@@ -113,6 +113,7 @@ INTEGER_KERNELS = frozenset(
         "QLinearAveragePool",
         "QLinearGlobalAveragePool",
         "MaxPool",
+        "NhwcMaxPool",
     }
 )
 
@@ -144,6 +145,7 @@ def _float_on_dequantized(nodes: list[Any], model: Any) -> list[str]:
         computes = [r for r in reached if r.op_type not in MOVES]
         exits = source is not None and source.op_type in INTEGER_KERNELS | {"Gather"}
         again = any(q.op_type == "QuantizeLinear" for c in computes for o in c.output for q in readers.get(o, []))
+        again |= any(c.op_type == "QuantizeLinear" for c in computes)
         heavy = any(c.op_type in FLOAT_HEAVY | {"MatMulNBits"} for c in computes)
         if computes and (heavy or again or not exits):
             out.append(f"{n.name} feeds {sorted({c.op_type for c in computes})}")

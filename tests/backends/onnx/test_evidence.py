@@ -21,8 +21,8 @@ from qcompiler.backends.onnx.worker import Worker
 from qcompiler.target import DECODE, PREFILL, Phase
 from tests.verify import corpus_nbits, corpus_ops
 from tests.verify.build import Case
-from tests.verify.corpus_graphs import plain
 from tests.verify.corpus_nbits import nbits
+from tests.verify.corpus_types import plain
 from tests.verify.corpus_w8a8 import static
 from tests.verify.measure import measure
 
