@@ -1,5 +1,6 @@
 """What is written: valid protobuf, streamed bytes, the data file, versions, refusals."""
 
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from qcompiler.backends.onnx import emit as emit_module
 from qcompiler.backends.onnx.emit import EmitInfo, emit_onnx, to_model
 from qcompiler.backends.onnx.load import load_onnx
 from qcompiler.backends.onnx.storage import reading_order
-from qcompiler.dtypes import F32, INT4, INT8, TABLE, Array, DType
+from qcompiler.dtypes import F16, F32, INT4, INT8, TABLE, Array, DType
 from qcompiler.errors import InputError, StructureError
 from qcompiler.ir import UNKNOWN, Graph, TensorType
 from qcompiler.payload import (
@@ -25,6 +26,7 @@ from qcompiler.payload import (
     Payload,
     RandomPayload,
     UnreadablePayload,
+    computed,
     constant,
 )
 from qcompiler.reader import parse
@@ -308,3 +310,22 @@ def test_low_bits_are_packed_as_onnx_packs_them() -> None:
     (tensor,) = to_model(graph).graph.initializer
     assert tensor.raw_data == bytes([0x78, 0x01])
     assert onnx.numpy_helper.to_array(tensor).tolist() == np.array([-8, 7, 1], ml_dtypes.int4).tolist()
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_memory_depends_on_the_biggest_tensor(tmp_path: Path, external: bool) -> None:
+    graph = linear(*(weights(1024, 1024, seed=i) for i in range(16)))
+    emit_onnx(graph, tmp_path / "in.onnx", external=external)
+    again = load_onnx(tmp_path / "in.onnx")
+    for value in again.consts.values():
+        source = value.payload
+        assert source is not None
+        value.payload = computed("half", lambda p: p.array().astype(np.float16), [source], F16, source.shape)
+    tracemalloc.start()
+    try:
+        info = emit_onnx(again, tmp_path / "out.onnx", external=external)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert info.nbytes + info.data_nbytes > 32 << 20
+    assert peak < 16 << 20  # one tensor has 4 MiB, its half 2
