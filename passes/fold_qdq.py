@@ -40,6 +40,8 @@ def fold_requantize(op: Op, rw: Rewriter) -> Value:
     codes = dq.operand(0)
     if codes is None or not same_parameters(op, dq):
         raise rw.declined(f"'{op.label}' requantizes with other parameters, which is not exact")
+    if op.result.is_output:
+        raise rw.declined(f"'{op.label}' is an output of the graph, which keeps its name")
     return codes
 
 

@@ -179,6 +179,7 @@ class Graph:
         self._last: Op | None = None
         self._count = 0
         self._serial: dict[str, int] = {}
+        self._ever: set[str] = set() if parent is None else parent.graph.root._ever
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -243,11 +244,11 @@ class Graph:
     # -- building --------------------------------------------------------------------------------------------
 
     def fresh(self, hint: str) -> str:
-        """A name that means nothing yet, here or in an enclosing graph: ``hint``, or ``hint_1``, ``hint_2`` ..."""
-        if self.lookup(hint) is None:
+        """A name that nothing in the whole graph ever had: ``hint``, or ``hint_1``, ``hint_2`` ..."""
+        if hint not in self._ever:
             return hint
         n = self._serial.get(hint, 0)
-        while self.lookup(name := f"{hint}_{(n := n + 1)}") is not None:
+        while (name := f"{hint}_{(n := n + 1)}") in self._ever:
             pass
         self._serial[hint] = n
         return name
@@ -256,6 +257,7 @@ class Graph:
         if value.name in self._names:
             raise StructureError(f"graph '{self.name}' already has a value called %{value.name}")
         self._names[value.name] = value
+        self._ever.add(value.name)
         return value
 
     def add_input(self, name: str, type: Type, default: Payload | None = None) -> Value:
@@ -296,6 +298,7 @@ class Graph:
             self.consts[name] = value
         value.name = name
         self._names[name] = value
+        self._ever.add(name)
 
     def create(
         self,

@@ -94,8 +94,14 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _interface(graph: Graph) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of inputs and outputs, which users call the model by."""
+    return tuple(v.name for v in graph.inputs), tuple(v.name for v in graph.outputs)
+
+
 def _run(graph: Graph, passes: Iterable[Pass], ctx: Context, hooks: Sequence[Hook]) -> None:
     check(graph)
+    interface = _interface(graph)
     for number, item in enumerate(passes):
         ctx.progress(item.name)
         for hook in hooks:
@@ -104,6 +110,8 @@ def _run(graph: Graph, passes: Iterable[Pass], ctx: Context, hooks: Sequence[Hoo
         try:
             item.run(graph, ctx)
             check(graph)
+            if (now := _interface(graph)) != interface:
+                raise StructureError(f"the inputs and outputs were {interface}, and the pass made them {now}")
         except StructureError as e:
             raise PassFailed(number, item, str(e)) from e
         except Error:

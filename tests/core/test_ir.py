@@ -99,6 +99,15 @@ def test_fresh_names_avoid_every_visible_name() -> None:
         g.add_input("x", T)
 
 
+def test_fresh_names_avoid_those_inside_regions() -> None:
+    g, _ = chain(1)
+    op = g.create("onnx.If", [g.inputs[0]], {}, [("z", T)])
+    region = g.add_region(op, "then_branch")
+    region.add_output(region.create("onnx.Neg", [g.inputs[0]], {}, [("inner", T)]).result)
+    g.add_const(g.fresh("inner"), constant(np.zeros(2, np.float32)))
+    check(g)
+
+
 def test_rename_moves_the_constant_table_along() -> None:
     g = Graph()
     c = g.add_const("c", constant(np.zeros(2, np.float32)))
