@@ -96,6 +96,8 @@ def judge_run(alone: Alone, run: Mapping[str, Any], result: Array, *, packed: bo
         facts |= {"fallback_lines": run["unpacked"], "weight_packed": packed}
     if alone.n < node.n:
         facts["rows_probed"] = alone.n
+    if alone.made_up:
+        facts["weight_made_up"] = True
     with np.errstate(invalid="ignore", over="ignore"):  # a weight may hold infinities
         wanted = expected(node, alone.operands, alone.n)
     verdict: Verdict = "fused"

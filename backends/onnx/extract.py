@@ -50,7 +50,8 @@ class Alone:
     operands: list[Array | None]
     n: int
     m: int
-    notes: list[str] = field(default_factory=list)
+    made_up: bool = False
+    """Its weight was not at hand, and random codes stand for it."""
 
 
 def cut_out(node: LowBit, m: int, seed: int = 0) -> Alone | None:
@@ -75,7 +76,7 @@ def cut_out(node: LowBit, m: int, seed: int = 0) -> Alone | None:
     graph = helper.make_graph([proto], "alone", cut.inputs, outputs, cut.consts)
     opsets = [helper.make_opsetid("", max(opset_of(node.op.graph), 13)), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10 if opsets[0].version < 25 else 13)
-    return Alone(node, model, cut.feed, cut.arrays, rows, m)
+    return Alone(node, model, cut.feed, cut.arrays, rows, m, cut.made_up)
 
 
 def _rows(node: LowBit) -> int:
@@ -101,6 +102,7 @@ class _Cut:
     feed: dict[str, Array] = field(default_factory=dict)
     arrays: list[Array | None] = field(default_factory=list)
     impossible: bool = False
+    made_up: bool = False
 
     def operand(self, index: int, value: Value | None) -> str:
         """The name under which operand ``index`` is known in the new model."""
@@ -112,7 +114,7 @@ class _Cut:
         if payload is not None and (value.is_const or value.is_input):
             self._constant(name, index, payload, fixed=value.is_const)
         elif value.is_const:
-            self.impossible = True
+            self._unreadable(name, index, value)
         else:
             self._changing(name, index, value)
         return name
@@ -131,6 +133,21 @@ class _Cut:
         if not fixed:
             self.inputs.append(helper.make_tensor_value_info(name, dtype_to_onnx(element, name), list(array.shape)))
 
+    def _unreadable(self, name: str, index: int, value: Value) -> None:
+        """A constant that the runtime computed and whose bytes nobody kept: made-up values in its place."""
+        element, shape = value.tensor.dtype, value.tensor.static_shape
+        if shape is not None and self.rows < self.node.n and shape[:1] == (self.node.n,):
+            shape = (self.rows, *shape[1:])
+        elif shape is not None and self.rows < self.node.n and shape == (self.node.n * self._groups(),):
+            shape = (self.rows * self._groups(),)
+        made = None if element is None else self._made_up(index, shape, element)
+        if element is None or made is None:
+            self.impossible = True
+            return
+        self.made_up = True
+        self.arrays.append(made)
+        self.consts.append(tensor_proto(name, ArrayPayload(made, element)))
+
     def _groups(self) -> int:
         return -(-self.node.k // (self.node.block or self.node.k))
 
@@ -142,7 +159,7 @@ class _Cut:
     def _changing(self, name: str, index: int, value: Value) -> None:
         """An input of made-up values of the role that the operand has."""
         element = value.tensor.dtype or self._likely(index)
-        made = None if element is None else self._made_up(index, value, element)
+        made = None if element is None else self._made_up(index, value.tensor.static_shape, element)
         if element is None or made is None:
             self.impossible = True
             return
@@ -157,16 +174,15 @@ class _Cut:
         zero = self.node.at(self.node.places.x_zero)
         return zero.tensor.dtype if zero is not None else self.node.activation
 
-    def _made_up(self, index: int, value: Value, element: DType) -> Array | None:
+    def _made_up(self, index: int, shape: tuple[int, ...] | None, element: DType) -> Array | None:
+        """Random values of the role that operand ``index`` has; ``shape`` counts where the role does not tell it."""
         p = self.node.places
         if index == p.x and p.kind == "embedding":
             return self.rng.integers(0, self.rows, (self.m,)).astype(element.storage)
         if index == p.x:
-            shape: tuple[int, ...] | None = (self.m, self.node.k)
+            shape = (self.m, self.node.k)
         elif index in (p.x_scale, p.x_zero):
             shape = ()
-        else:
-            shape = value.tensor.static_shape
         if shape is None or element.packed:
             return None
         if element.is_integer:

@@ -14,7 +14,7 @@ from qcompiler.backends.onnx.nodes import MS, LowBit, low_bit_nodes
 from qcompiler.backends.onnx.qdq import DQ
 from qcompiler.dtypes import Array
 from qcompiler.ir import Graph, Op, Value
-from qcompiler.payload import CHUNK, ComputedPayload, Payload
+from qcompiler.payload import CHUNK, ComputedPayload, Payload, UnreadablePayload
 from qcompiler.verify.findings import Finding
 from qcompiler.verify.static import base_name, is_product
 
@@ -25,7 +25,8 @@ ALIKE = 64
 def stored(value: Value | None) -> Payload | None:
     """The payload of a constant or of an input's default, when its bytes are there to be read."""
     payload = None if value is None else value.payload
-    return None if payload is None or isinstance(payload, ComputedPayload) or payload.size == 0 else payload
+    unread = isinstance(payload, ComputedPayload | UnreadablePayload)
+    return None if payload is None or unread or payload.size == 0 else payload
 
 
 def check_values(graph: Graph) -> list[Finding]:

@@ -22,6 +22,7 @@ from qcompiler.target import DECODE, PREFILL, Phase
 from tests.verify import corpus_nbits, corpus_ops
 from tests.verify.build import Case
 from tests.verify.corpus_nbits import nbits
+from tests.verify.corpus_qdq import INT4, weight_only
 from tests.verify.corpus_types import plain
 from tests.verify.corpus_w8a8 import static
 from tests.verify.measure import measure
@@ -283,3 +284,11 @@ def test_a_big_artifact_is_judged_in_little_memory(tmp_path: Path) -> None:
     assert len(sites) == 64
     assert evidence.kind == "measured"
     assert peak < 300 << 20
+
+
+def test_weights_that_the_runtime_packed_are_made_up(worker: Worker, tmp_path: Path) -> None:
+    """Opened without its weights, a node that the optimizer made has codes that nobody can read."""
+    path = saved(weight_only("a", INT4, "block"), tmp_path)
+    result = OrtEvidence(CPU, max_bytes=0, worker=worker).collect(path)
+    assert not result.findings
+    assert [(n.node, n.verdict, n.facts["weight_made_up"]) for n in result.nodes] == [("mm", "fused", True)] * 2
