@@ -12,7 +12,7 @@ from typing import Any
 
 
 def circumstances(script: str, *packages: str, **settings: Any) -> dict[str, Any]:
-    """The command (``script`` and this process's arguments), commit, machine, versions of ``packages``, ``settings``."""
+    """The command (``script`` and its arguments), commit, machine, versions of ``packages``, ``settings``."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "command": shlex.join(["python", *script.split(), *sys.argv[1:]]),

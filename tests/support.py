@@ -29,9 +29,7 @@ def require_data(*paths: str) -> Path:
     absent = [p for p in paths or (".",) if not (folder / p).exists()]
     if absent:
         names = "the folder" if not paths else ", ".join(absent)
-        pytest.skip(
-            f"test data is absent: {names} in {folder}; set QCOMPILER_TEST_DATA to a folder that has it"
-        )
+        pytest.skip(f"test data is absent: {names} in {folder}; set QCOMPILER_TEST_DATA to a folder that has it")
     return folder / paths[0] if paths else folder
 
 

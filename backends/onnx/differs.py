@@ -44,8 +44,11 @@ def compare(path: Path, source: Graph, opened: Opened, worker: Worker, folder: P
     made = made_by_runtime(opened.graph, source)
     if not made:
         return []
+    final = opened.optimized if opened.whole else _with_weights(path, worker, folder)
+    if final is None:
+        return []
     found = []
-    for label, file in (("source", path), ("final", opened.optimized)):
+    for label, file in (("source", path), ("final", final)):
         answer = _outputs(label, file, [name for name, _ in made], opened.feed, worker, folder)
         if answer is None:
             return []
@@ -61,6 +64,16 @@ def compare(path: Path, source: Graph, opened: Opened, worker: Worker, folder: P
             fix = "emit the low-bit node itself, or give the weight scales that the runtime's rewriting keeps"
             return [Finding("QC303", op, message, reason, fix)]
     return []
+
+
+def _with_weights(path: Path, worker: Worker, folder: Path) -> Path | None:
+    """The optimized graph once more, this time with its weights."""
+    file = folder / "whole.onnx"
+    try:
+        answer = worker.ask({"model": str(path), "optimized": str(file)})
+    except ProbeDied:
+        return None
+    return file if answer["loaded"] else None
 
 
 def distance(got: Array, want: Array) -> float:

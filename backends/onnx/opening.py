@@ -58,6 +58,8 @@ class Opened:
     feed: dict[str, Any] | None = None
     """The job entry of the inputs of the smallest phase."""
     optimized: Path | None = None
+    whole: bool = True
+    """The file of the optimized graph holds its weights."""
     notes: list[str] = field(default_factory=list)
 
     def blamed(self, source: Graph) -> str:
@@ -142,7 +144,7 @@ def _read_without_weights(out: Opened, folder: Path, source: Graph) -> None:
         outside.unlink(missing_ok=True)  # the runtime may have removed the link itself
         with open(outside, "wb") as f:
             f.truncate(_length(optimized))
-    out.optimized = optimized
+    out.optimized, out.whole = optimized, False
     out.graph = _load(optimized, out)
     if out.graph is not None:
         _lend_weights(out.graph, source)

@@ -111,9 +111,7 @@ def floor_of(module: str) -> int | None:
 def room_of(module: str) -> str:
     """The folder under `qcompiler` that a module stands in; modules at the top share one."""
     parts = module.split(".")
-    is_folder = len(parts) == 2 and (
-        f"{module}.*" in FLOORS or any(m.startswith(f"{module}.") for m in FLOORS)
-    )
+    is_folder = len(parts) == 2 and (f"{module}.*" in FLOORS or any(m.startswith(f"{module}.") for m in FLOORS))
     return parts[1] if len(parts) > 2 or is_folder else ""
 
 
@@ -178,9 +176,7 @@ def why_not(imported: Import) -> str | None:
 def offences(sources: Mapping[str, str], paths: Mapping[str, str]) -> list[str]:
     """`file:line: reason` for each import that breaks a floor."""
     found = (i for module, text in sources.items() for i in imports_of(module, text, sources))
-    return sorted(
-        {f"{paths[i.module]}:{i.line}: {reason}" for i in found if (reason := why_not(i)) is not None}
-    )
+    return sorted({f"{paths[i.module]}:{i.line}: {reason}" for i in found if (reason := why_not(i)) is not None})
 
 
 def cycles(sources: Mapping[str, str], paths: Mapping[str, str]) -> list[str]:
@@ -208,9 +204,7 @@ def sources() -> dict[str, str]:
 
 
 def test_every_module_has_a_floor() -> None:
-    unknown = [
-        f"{path}: give this module a floor in {TABLE}" for m, path in PATHS.items() if floor_of(m) is None
-    ]
+    unknown = [f"{path}: give this module a floor in {TABLE}" for m, path in PATHS.items() if floor_of(m) is None]
     assert not unknown, "\n".join(unknown)
 
 

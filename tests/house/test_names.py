@@ -52,9 +52,7 @@ def test_no_public_name_of_a_package_is_also_its_module() -> None:
         own -= {name for owner, name in BOTH if owner == package}
         for node in _body(package):
             targets = node.targets if isinstance(node, ast.Assign) else []
-            if any(isinstance(t, ast.Name) and t.id == "__all__" for t in targets) and isinstance(
-                node, ast.Assign
-            ):
+            if any(isinstance(t, ast.Name) and t.id == "__all__" for t in targets) and isinstance(node, ast.Assign):
                 bad += [f"{path}:{node.lineno}: {n}" for n in sorted(own & set(ast.literal_eval(node.value)))]
     assert not bad, f"public names that are also modules: {bad}"
 

@@ -21,9 +21,7 @@ def test_golden_writes_compares_and_fails(tmp_path: Path) -> None:
         compare_golden(file, "b", update=False)
 
 
-def test_require_data_skips_with_the_name_of_what_is_absent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_require_data_skips_with_the_name_of_what_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QCOMPILER_TEST_DATA", str(tmp_path))
     (tmp_path / "here").touch()
     assert require_data("here") == tmp_path / "here"

@@ -35,9 +35,7 @@ def _copy(to: Path, *, links: bool) -> Path:
 
 
 def _run(*command: str, cwd: Path) -> str:
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
-    )
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -45,9 +43,7 @@ def _run(*command: str, cwd: Path) -> str:
 def test_packages_listed_are_the_packages_in_the_tree() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     in_tree = {str(Path(name).parent).replace(os.sep, ".") for name in _expected() if name.endswith(".py")}
-    assert sorted(listed) == sorted(in_tree), (
-        "[tool.setuptools] packages in pyproject.toml and the folders differ"
-    )
+    assert sorted(listed) == sorted(in_tree), "[tool.setuptools] packages in pyproject.toml and the folders differ"
     bare = sorted(p for p in in_tree if f"{p.replace('.', '/')}/__init__.py" not in _expected())
     assert not bare, f"folders with modules and no __init__.py: {bare}"
 

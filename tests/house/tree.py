@@ -40,10 +40,7 @@ def _walk() -> Iterable[str]:
         subfolders[:] = [
             s
             for s in subfolders
-            if s not in links
-            and s not in _NOT_SOURCE
-            and not s.startswith(".")
-            and not s.endswith(".egg-info")
+            if s not in links and s not in _NOT_SOURCE and not s.startswith(".") and not s.endswith(".egg-info")
         ]
         for name in [*names, *links]:
             yield (here / name).relative_to(ROOT).as_posix()
@@ -64,6 +61,4 @@ def module_name(packed: str) -> str:
 
 def modules() -> dict[str, str]:
     """Import name -> path, relative to the checkout, of every module of the package."""
-    return {
-        module_name(name): p for p in files() if p.endswith(".py") and (name := packed_name(p)) is not None
-    }
+    return {module_name(name): p for p in files() if p.endswith(".py") and (name := packed_name(p)) is not None}
