@@ -249,11 +249,7 @@ def _ask_forecast(out: NodeVerdict, dq: Op, block: int, n: int, k: int, setting:
 
 
 def _ask_integer(out: NodeVerdict, dq: Op, fusion: Fusion, setting: Setting) -> None:
-    """An integer kernel: the chip must not saturate, and CUDA has none."""
-    if setting.cuda:
-        reason = f"the CUDA provider has no {fusion.kernel}: every quantize and dequantize runs on its own"
-        _blame(out, "dequant", "QC106", reason, "use weight-only MatMulNBits on CUDA")
-        return
+    """An integer kernel: the chip must not saturate."""
     codes = dq.operand(0)
     element = None if codes is None else codes.tensor.dtype
     if setting.saturates and element is not None and element.name == "int8":
@@ -283,6 +279,8 @@ def examine(graph: Graph, target: Target, phases: Sequence[Phase] = PHASES, *, f
     """Judge ``graph`` node by node. ``final``: the runtime has optimized it, so what is left unfused stays so."""
     setting = Setting(target, tuple(phases), session_of(graph))
     seen = Forecast() if final else forecast(graph)
+    if setting.cuda:  # its provider has no integer kernels: every other quantize and dequantize stays
+        seen = Forecast([f for f in seen.fusions if f.kernel == "MatMulNBits"], seen.reasons)
     out = Judgement(graph, [judge_node(node, setting) for node in low_bit_nodes(graph)])
     out.nodes += [judge_fusion(f, setting) for f in seen.fusions]
     out.findings = [f for v in out.nodes for f in v.findings]

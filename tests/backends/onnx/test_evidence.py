@@ -150,6 +150,15 @@ def test_cuda_is_judged_without_a_device(phases: list[Phase], code: str | None, 
     assert [s.status for s in sites] == ["unfused" if code else "fused"]
 
 
+def test_cuda_has_no_integer_kernels(worker: Worker, tmp_path: Path) -> None:
+    """What the CPU provider fuses to QLinearMatMul stays three float nodes and a product there."""
+    cuda, path = target("ort-cuda"), saved(static("a", out_q=True), tmp_path)
+    _, findings, _ = verify_file(path, cuda, [DECODE], worker=worker)
+    assert ("QC101", "w_dq") in {(f.code, f.op) for f in findings}
+    _, findings, _ = verify_file(saved(weight_only("b", INT4, "block"), tmp_path), cuda, [DECODE], worker=worker)
+    assert not findings
+
+
 # -- a runtime that misbehaves -------------------------------------------------------------------------------
 
 
