@@ -80,7 +80,7 @@ class OrtBackend(Backend):
         graph.meta["model_metadata_props"] = tuple((notes | dict(metadata)).items())
 
     def emit(self, graph: Graph, path: Path, progress: Progress) -> Written:
-        info = emit_onnx(graph, path)
+        info = emit_onnx(graph, path, told=lambda done, total: progress.advance(done, total, "bytes"))
         names = (path.name,) + ((info.data_path.name,) if info.data_path is not None else ())
         return Written(names, info.nbytes + info.data_nbytes)
 

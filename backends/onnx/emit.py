@@ -6,7 +6,7 @@ it, since it drops or changes some of them. Constants are copied a piece at a ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,19 +52,25 @@ class EmitInfo:
 
 
 def emit_onnx(
-    graph: Graph, path: str | Path, *, external: bool | None = None, metadata: Mapping[str, str] | None = None
+    graph: Graph,
+    path: str | Path,
+    *,
+    external: bool | None = None,
+    metadata: Mapping[str, str] | None = None,
+    told: Callable[[int, int], None] | None = None,
 ) -> EmitInfo:
     """Write ``graph`` to ``path``, whole or not at all, with ``path.data`` beside it where the weights go there.
 
     ``external``: put weights into the data file; None decides by size (over 1 GiB). ``metadata`` is added to the
-    model's metadata_props. Raises StructureError for ``q.*`` ops and types that ONNX cannot express, InputError where
-    ``path`` cannot be written or the model is too big for one file.
+    model's metadata_props; ``told`` hears how many bytes of constants are written, of how many. Raises StructureError
+    for ``q.*`` ops and types that ONNX cannot express, InputError where ``path`` cannot be written or the model is too
+    big for one file.
     """
     path = Path(path)
     with Staged(path) as stage:
         location = path.name + ".data"
         encoded = encode(graph, location if _goes_outside(graph, external) else None, metadata)
-        releaser = Releaser(encoded.payloads())
+        releaser = Releaser(encoded.payloads(), told)
         data = encoded.data
         if data is not None and data.places:
             with open(stage.beside(".data"), "wb") as f:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -51,14 +51,23 @@ def reading_order(values: Iterable[Value]) -> list[Value]:
 
 
 class Releaser:
-    """Forgets the kept results of a computation when the last payload that needs it is written."""
+    """Forgets the kept results of a computation when the last payload that needs it is written.
 
-    def __init__(self, payloads: Iterable[Payload]) -> None:
+    ``told`` hears after each payload how many bytes are written, and of how many.
+    """
+
+    def __init__(self, payloads: Iterable[Payload], told: Callable[[int, int], None] | None = None) -> None:
         self._left: Counter[int] = Counter()
+        self._told, self._done, self._total = told, 0, 0
         for payload in payloads:
             self._left.update(id(c) for c in computations(payload))
+            self._total += payload.nbytes
 
     def written(self, payload: Payload) -> None:
+        """``payload`` is in the file."""
+        self._done += payload.nbytes
+        if self._told is not None:
+            self._told(self._done, self._total)
         for computation in computations(payload):
             self._left[id(computation)] -= 1
             if self._left[id(computation)] <= 0:

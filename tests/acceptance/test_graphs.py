@@ -151,3 +151,24 @@ def test_verify_accepts_what_compile_made_and_never_changes_it(tmp_path: Path) -
         assert report.totals.fused == 2
         assert {s.evidence for s in report.sites} == {"measured" if again else "static"}
     assert out.read_bytes() == before
+
+
+def test_progress_runs_to_the_end(tmp_path: Path) -> None:
+    class Listener:
+        def __init__(self) -> None:
+            self.stages: list[str] = []
+            self.seen: list[tuple[int, int]] = []
+
+        def stage(self, text: str) -> None:
+            self.stages.append(text)
+
+        def advance(self, done: int, total: int, unit: str) -> None:
+            assert unit == "bytes"
+            self.seen.append((done, total))
+
+    listener = Listener()
+    api.compile(write(tmp_path / "m.onnx", mlp()), out=tmp_path / "out.onnx", progress=listener)
+    assert listener.stages[0] == "capture"
+    assert "quantize and write" in listener.stages
+    assert listener.seen == sorted(listener.seen)
+    assert listener.seen[-1][0] == listener.seen[-1][1] > 0
