@@ -106,8 +106,11 @@ class Backend(ABC):
         """Make ``metadata`` part of the graph, so that it travels inside the artifact and the verdict can read it."""
 
     @abstractmethod
-    def emit(self, graph: Graph, path: Path, progress: Progress) -> Written:
-        """Write the artifact at ``path``, streaming; whatever lies beside it belongs to it."""
+    def emit(self, graph: Graph, path: Path, options: Mapping[str, Any], progress: Progress) -> Written:
+        """Write the artifact at ``path``, streaming; whatever lies beside it belongs to it.
+
+        ``options``: ``external`` puts the weights into a file beside it, or forbids that; by size when absent.
+        """
 
     @abstractmethod
     def evidence(self, path: Path, target: Target, phases: Sequence[Phase], sites: Sequence[Site]) -> EvidenceResult:

@@ -80,7 +80,8 @@ def compile(
 ) -> Artifact:
     """Compile ``source`` for ``target`` by ``recipe``; the artifact goes to ``out``, or to a folder that dies with it.
 
-    ``settings`` maps ``pass.key`` to a value, ``skip`` adds site globs, ``max_ram`` bounds private memory in bytes.
+    ``settings`` maps ``pass.key`` to a value (``emit.external`` = true puts the weights beside the model), ``skip``
+    adds site globs, ``max_ram`` bounds private memory in bytes.
     Raises InputError or RecipeError for a request that cannot be met and RejectedError, which carries the report, when
     the verifier refuses the result.
     """
@@ -88,8 +89,10 @@ def compile(
         raise InputError("--check compares every pass with the graph before it; it is not there yet, leave it out")
     if calibration is not None:
         raise InputError("recipes of weights alone take no calibration data; leave --calibration out")
-    chosen = recipes.adjusted(recipes.load(recipe), settings or {}, skip)
+    passes, emission = driver.split_settings(settings or {})
+    chosen = recipes.adjusted(recipes.load(recipe), passes, skip)
     job = driver.start(target, chosen, phases, progress)
+    job.emission = emission
     folder = None if out is not None else tempfile.TemporaryDirectory(prefix="qcompiler-")
     path = Path(out) if out is not None else Path(folder.name) / f"model{job.backend.suffix}"  # type: ignore[union-attr]
     if path.suffix != job.backend.suffix:
@@ -110,9 +113,14 @@ def verify(
     target: str = "ort-cpu",
     phases: Sequence[Phase] | None = None,
     run: bool = True,
+    args: Any = None,
+    dynamic_shapes: Any = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Judge any graph for ``target``, ours or not; ``run=False`` reads rows only. Never changes the file."""
+    """Judge any graph for ``target``, ours or not; ``run=False`` reads rows only. Never changes the file.
+
+    ``source`` is what :func:`compile` takes; a torch module comes with ``args`` and ``dynamic_shapes``.
+    """
     backend = backend_of(target)
     progress = progress or Silent()
     chosen, seen = backend.target(target), tuple(phases or PHASES)
@@ -120,11 +128,11 @@ def verify(
     temporary: tempfile.TemporaryDirectory[str] | None = None
     kind, digest = "onnx", ""
     if path is None or path.suffix != backend.suffix:
-        captured = backend.capture(source, None, None, progress)
+        captured = backend.capture(source, args, dynamic_shapes, progress)
         kind = captured.kind
         temporary = tempfile.TemporaryDirectory(prefix="qcompiler-")
         path = Path(temporary.name) / f"model{backend.suffix}"
-        backend.emit(captured.graph, path, progress)
+        backend.emit(captured.graph, path, {}, progress)
         captured.close()
     elif not path.is_file():
         raise InputError(f"there is no file {path}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import qcompiler
 from qcompiler import debug
 from qcompiler.backends import backend_of
 from qcompiler.backends.base import Backend, Captured, Progress, Silent
-from qcompiler.errors import BadWeights, RejectedError
+from qcompiler.errors import BadWeights, RecipeError, RejectedError
 from qcompiler.fileio import Staged
 from qcompiler.ir import Graph
 from qcompiler.pipeline import Context, Pass, PassFailed, run
@@ -42,6 +42,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     quality: Quality | None = None
     artifact: ArtifactInfo | None = None
+    emission: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ctx = Context(self.target, self.phases, progress=lambda name: self.progress.stage(f"pass {name}"))
@@ -54,6 +55,23 @@ def start(target: str, recipe: Recipe, phases: Sequence[Phase] | None, progress:
     """A job for ``target``; raises InputError for an unknown one."""
     backend = backend_of(target)
     return Job(recipe, backend.target(target), backend, tuple(phases or PHASES), progress or Silent())
+
+
+def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of passes, and of the emission (``emit.external``); raises RecipeError for an unknown one of those."""
+    passes: dict[str, Any] = {}
+    emission: dict[str, Any] = {}
+    for path, value in settings.items():
+        head, _, key = path.partition(".")
+        if head != "emit":
+            passes[path] = value
+        elif key != "external":
+            raise RecipeError(f"the emission has no option {key!r}; it takes external")
+        elif value not in (True, False, "true", "false"):
+            raise RecipeError(f"emit.external is true or false, not {value!r}")
+        else:
+            emission[key] = value in (True, "true")
+    return passes, emission
 
 
 def capture(job: Job, source: Any, args: Any = None, dynamic_shapes: Any = None) -> Captured:
@@ -209,7 +227,7 @@ def _write(job: Job, captured: Captured, path: Path, data: Any) -> bool:
     begin = time.perf_counter()
     job.progress.stage("quantize and write")
     try:
-        written = backend.emit(graph, path, job.progress)
+        written = backend.emit(graph, path, job.emission, job.progress)
     except BadWeights as e:
         refuse_weights(job, e)
         return False

@@ -79,8 +79,11 @@ class OrtBackend(Backend):
         notes = dict(graph.meta.get("model_metadata_props", ()))
         graph.meta["model_metadata_props"] = tuple((notes | dict(metadata)).items())
 
-    def emit(self, graph: Graph, path: Path, progress: Progress) -> Written:
-        info = emit_onnx(graph, path, told=lambda done, total: progress.advance(done, total, "bytes"))
+    def emit(self, graph: Graph, path: Path, options: Mapping[str, Any], progress: Progress) -> Written:
+        def told(done: int, total: int) -> None:
+            progress.advance(done, total, "bytes")
+
+        info = emit_onnx(graph, path, external=options.get("external"), told=told)
         names = (path.name,) + ((info.data_path.name,) if info.data_path is not None else ())
         return Written(names, info.nbytes + info.data_nbytes)
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler import api
 from qcompiler.cli import status
-from qcompiler.errors import RejectedError
+from qcompiler.errors import RecipeError, RejectedError
 from qcompiler.numerics import q_linear
 from qcompiler.rtn import quantize_weight
 from qcompiler.scheme import parse_scheme
@@ -172,3 +172,37 @@ def test_progress_runs_to_the_end(tmp_path: Path) -> None:
     assert "quantize and write" in listener.stages
     assert listener.seen == sorted(listener.seen)
     assert listener.seen[-1][0] == listener.seen[-1][1] > 0
+
+
+def test_weights_go_beside_the_model_when_asked(tmp_path: Path) -> None:
+    artifact = api.compile(
+        write(tmp_path / "m.onnx", mlp()), out=tmp_path / "out.onnx", settings={"emit.external": "true"}
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "out.onnx", "out.onnx.data", "out.onnx.report.json"]
+    assert artifact.report.artifact is not None
+    assert artifact.report.artifact.files == ("out.onnx", "out.onnx.data")
+    assert api.verify(artifact.path).accepted
+    assert artifact(np.ones((2, 64), np.float32))[0].shape == (2, 32)
+    with pytest.raises(RecipeError, match="the emission has no option 'colour'"):
+        api.compile(tmp_path / "m.onnx", out=tmp_path / "out.onnx", settings={"emit.colour": "red"})
+
+
+def test_a_float_model_and_a_module_can_be_judged(tmp_path: Path) -> None:
+    import torch
+
+    report = api.verify(write(tmp_path / "m.onnx", mlp()))
+    assert report.accepted
+    assert report.totals.sites == 0
+    assert any("nothing quantized" in note for note in report.notes)
+    assert api.verify(torch.nn.Linear(8, 4), args=(torch.ones(2, 8),)).accepted
+
+
+def test_an_exported_archive_compiles(tmp_path: Path) -> None:
+    import torch
+
+    program = torch.export.export(torch.nn.Linear(64, 32), (torch.ones(2, 64),))
+    torch.export.save(program, tmp_path / "m.pt2")
+    report = api.compile(tmp_path / "m.pt2", out=tmp_path / "out.onnx", recipe="w8a16").report
+    assert report.accepted
+    assert report.source.kind == "pt2"
+    assert [s.status for s in report.sites] == ["fused"]

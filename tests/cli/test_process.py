@@ -47,6 +47,10 @@ def test_a_loaded_package_would_be_seen() -> None:
     assert "numpy" in _loaded("recipes")
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that starts the tests in its background has it ignored
+
+
 def _begun(folder: Path) -> subprocess.Popen[str]:
     """`compile` of a source that takes a minute to build, once it has begun."""
     (folder / "slow.py").write_text(SLOW)
@@ -56,6 +60,7 @@ def _begun(folder: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_heed_interrupts,
     )
     deadline = time.monotonic() + 90
     while not (folder / "began").exists():
