@@ -41,6 +41,8 @@ RECURRENT_OPS = frozenset({"onnx.LSTM", "onnx.GRU", "onnx.RNN", "aten.lstm.input
 class LinearView:
     """``result = x @ W^T + bias``: ``weight`` is stored ``[n, k]`` when ``transposed``, else ``[k, n]``.
 
+    ``bias`` is ``[n]`` or a constant that broadcasts to it (:func:`is_row`).
+
     ``covered`` are the ops that a fused kernel replaces, the root first; ``result`` is the last one's.
     """
 
@@ -181,14 +183,19 @@ def as_linear(op: Op) -> LinearView:
         raise _quiet(op)
     _plain_attributes(op)
     stored, transposed, n, k = _matrix(op, weight, flip)
-    if bias is not None and bias.tensor.static_shape != (n,):
-        bias = _as_row(op, bias, n)
+    if bias is not None and not is_row(bias, n):
+        have = bias.tensor.shape
+        raise Declined(Reason("QC203", f"{op.name} '{op.label}' adds a tensor of shape {have}, not a bias [{n}]", ""))
     return LinearView(op, x, stored, bias, transposed, n, k, op.result, (op,))
 
 
-def _as_row(op: Op, bias: Value, n: int) -> Value:
-    raise Declined(
-        Reason("QC203", f"{op.name} '{op.label}' adds a tensor of shape {bias.tensor.shape}, not a bias [{n}]", "")
+def is_row(bias: Value, n: int) -> bool:
+    """True when ``bias`` adds one number to each of ``n`` outputs: ``[n]``, or a constant that broadcasts so."""
+    shape = bias.tensor.static_shape
+    if shape == (n,):
+        return True
+    return (
+        is_float_const(bias) and shape is not None and (shape == () or shape[-1] in (1, n)) and set(shape[:-1]) <= {1}
     )
 
 
