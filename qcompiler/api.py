@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,25 +126,21 @@ def verify(
     progress = progress or Silent()
     chosen, seen = backend.target(target), tuple(phases or PHASES)
     path = Path(source) if isinstance(source, str | Path) else None
-    temporary: tempfile.TemporaryDirectory[str] | None = None
     kind, digest = "onnx", ""
-    if path is None or path.suffix != backend.suffix:
-        captured = backend.capture(source, args, dynamic_shapes, progress)
-        kind = captured.kind
-        temporary = tempfile.TemporaryDirectory(prefix="qcompiler-")
-        path = Path(temporary.name) / f"model{backend.suffix}"
-        backend.emit(captured.graph, path, {}, progress)
-        captured.close()
-    elif not path.is_file():
-        raise InputError(f"there is no file {path}")
-    else:
-        digest = backend.digest(path)
-    try:
+    with ExitStack() as cleanup:
+        if path is None or path.suffix != backend.suffix:
+            captured = backend.capture(source, args, dynamic_shapes, progress)
+            cleanup.callback(captured.close)
+            kind = captured.kind
+            folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="qcompiler-"))
+            path = Path(folder) / f"model{backend.suffix}"
+            backend.emit(captured.graph, path, {}, progress)
+        elif not path.is_file():
+            raise InputError(f"there is no file {path}")
+        else:
+            digest = backend.digest(path)
         progress.stage("judge")
         judged = backend.verify(path, chosen, seen, run=run)
-    finally:
-        if temporary is not None:
-            temporary.cleanup()
     return Report(
         target=str(chosen),
         source=Source(kind, str(source) if isinstance(source, str | Path) else "", digest),

@@ -93,14 +93,13 @@ def run_recipe(job: Job, graph: Graph, passes: Sequence[Pass] | None = None) -> 
         raise
 
 
-def settle(job: Job, graph: Graph) -> None:
+def settle(job: Job) -> None:
     """Every site that is still pending was not fused: say so, with the reason its rule gave (law L2)."""
-    reasons = {r.site or r.op: r.reason for r in job.ctx.refusals if r.rule.startswith("fuse_dequant")}
-    by_site = {op.meta["site"]: reasons.get(op.label) for op in graph.walk() if "site" in op.meta}
+    reasons = {r.site: r.reason for r in job.ctx.refusals if r.site and r.rule.startswith("fuse_dequant")}
     for site in job.ctx.ledger:
         if site.status != "pending":
             continue
-        reason = by_site.get(site.name)
+        reason = reasons.get(site.name)
         site.status = "unfused"
         site.reason = reason.message if reason else "no fused kernel was found for it"
         code, fix = (reason.code, reason.fix) if reason else ("", "")
@@ -131,7 +130,11 @@ def grade(job: Job) -> None:
 
 
 def weigh(job: Job, result: EvidenceResult) -> None:
-    """Let what the runtime did overrule what was planned: a site is fused only if every phase saw it fused."""
+    """Let what the runtime did overrule what was planned: a site is fused only if every phase saw it fused.
+
+    A site that a measured run does not show (the runtime dropped a dead branch, say) keeps static evidence, and a
+    warning says so.
+    """
     job.ctx.findings.extend(result.findings)
     job.notes.extend(result.notes)
     by_node: dict[str, list[Any]] = {}
@@ -143,6 +146,10 @@ def weigh(job: Job, result: EvidenceResult) -> None:
         seen = by_node.get(site.name, [])
         if seen and result.kind == "measured":
             site.evidence = "measured"
+        elif result.kind == "measured":
+            message = "the runtime ran the artifact, and no node of it stands for this site"
+            fix = "see whether the runtime can reach the node; 'qcompiler inspect' shows the graph"
+            job.ctx.findings.append(Finding("QC106", site.name, message, "", fix, severity="warning"))
         bad = [n for n in seen if n.verdict != "fused"]
         if bad:
             site.status = "unfused"
@@ -201,7 +208,7 @@ def compile_to(job: Job, captured: Captured, out: Path, *, force: bool = False, 
     graph = captured.graph
     with Staged(out) as staged:
         run_recipe(job, graph)
-        settle(job, graph)
+        settle(job)
         writable = not any(op.name.startswith("q.") for op in graph.walk())
         if writable:
             staged.beside(".data")

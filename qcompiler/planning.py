@@ -87,7 +87,7 @@ def make_plan(job: Job, captured: Captured) -> Plan:
         if op.name in ("q.linear", "q.embedding"):
             requests[op.attrs["site"]] = asked(op)
     run_recipe(job, graph, [p for p in passes if p.name == "choose-layout"])
-    settle(job, graph)
+    settle(job)
     account(job, graph)
     sites = [
         PlannedSite(

@@ -31,7 +31,7 @@ class Declined(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Rule ``rule`` looked at ``op`` and declined for ``reason``."""
+    """Rule ``rule`` looked at ``op`` and declined for ``reason``; ``site`` is empty where the op belongs to none."""
 
     rule: str
     op: str
@@ -205,7 +205,7 @@ def take_name(old: Value, new: Value, made: Iterable[Op]) -> None:
 
 
 def _refusal(r: Rule, op: Op, reason: Reason) -> Refusal:
-    site: Any = op.attrs.get("site", "")
+    site: Any = op.attrs.get("site") or op.meta.get("site", "")
     return Refusal(r.name, op.label, str(site), reason)
 
 

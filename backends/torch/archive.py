@@ -92,6 +92,7 @@ def _check(path: Path) -> None:
                 _check_pickle(name, archive, path)
             for name in (n for n in names if n.endswith(".json")):
                 _check_expressions(json.loads(archive.read(name)), path)
+    # zipfile says NotImplementedError for a compression that it does not know, which no .pt2 has.
     except (zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError) as e:
         raise InputError(f"{path.name} is damaged: {e}") from e
 
