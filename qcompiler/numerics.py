@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler import spec
+from qcompiler import integer_numerics, spec
 from qcompiler.clipping import (
     CHUNK,
     FACTORS,
@@ -107,7 +107,7 @@ def spread(params: Array, shape: tuple[int, ...], scheme: Scheme) -> Array:
         raise InputError(
             f"<{scheme}>: the parameters of a tensor {list(shape)} have shape {list(want)}, not {list(params.shape)}"
         )
-    if scheme.granularity == "tensor":
+    if scheme.granularity in ("tensor", "token"):
         return params
     axis = (scheme.axis or 0) % len(shape)
     if scheme.granularity == "channel":
@@ -238,13 +238,16 @@ def _rows(codes: Array, scale: Array, zero: Array | None, scheme: Scheme, rows: 
 def evaluate(op_name: str, arrays: Sequence[Array | None], attrs: Mapping[str, Any]) -> Array:
     """The result of the ``q.*`` op called ``op_name`` on its operands; an optional one is None or left out.
 
-    Raises InputError for an op that has no reference here, or for a missing operand.
+    Raises InputError for an op that has no reference here, or for a missing operand. ``q.choose_qparams`` has several
+    results: see :func:`evaluate_all`.
     """
-    scheme: Scheme = attrs["scheme"]
     operands = [None if a is None else np.asarray(a) for a in arrays]
+    if op_name in integer_numerics.NAMES:
+        return integer_numerics.Integer(operands, attrs, quantize, dequantize).run(op_name)
     required = {"q.quantize": 2, "q.dequantize": 2, "q.linear": 3, "q.embedding": 3}.get(op_name)
     if required is None:
         raise InputError(f"no reference for {op_name}; there is one for {', '.join(spec.SPECS)}")
+    scheme: Scheme = attrs["scheme"]
     given = [a for a in operands[:required] if a is not None]
     if len(given) < required:
         raise InputError(f"{op_name} needs {required} operands before the optional ones, got {len(given)}")
@@ -257,3 +260,13 @@ def evaluate(op_name: str, arrays: Sequence[Array | None], attrs: Mapping[str, A
         case "q.linear":
             return q_linear(given[0], given[1], given[2], zero, bias, scheme)
     return q_embedding(given[0], given[1], given[2], zero, scheme)
+
+
+def evaluate_all(op_name: str, arrays: Sequence[Array | None], attrs: Mapping[str, Any]) -> list[Array]:
+    """Every result of the ``q.*`` op called ``op_name``, in order; see :func:`evaluate`."""
+    if op_name != "q.choose_qparams":
+        return [evaluate(op_name, arrays, attrs)]
+    if not arrays or arrays[0] is None:
+        raise InputError("q.choose_qparams needs a tensor")
+    scale, zero = integer_numerics.dynamic_params(np.asarray(arrays[0]), attrs["scheme"])
+    return [scale] if zero is None else [scale, zero]

@@ -6,6 +6,16 @@ The canonical forms (scales and zeros broadcast over their group; ``value = (cod
     q.linear(x[.., K], codes[N, K], s[N, G], z[N, G]?, bias[N]?) {scheme, site} -> [.., N]
     q.embedding(indices, codes[V, K], s[V, G], z[V, G]?) {scheme, site} -> [.., K]
 
+    q.choose_qparams(x) {scheme} -> s, z?           q.scale(x[.., K], factors[K]) -> float
+    q.linear_static(xq, xs, xz?, wq[N, K], ws, wz?, bias[N]?, ys?, yz?) {scheme, x_scheme, y_scheme?, site}
+    q.linear_dyn(x, wq[N, K], ws, wz?, bias[N]?) {scheme, x_scheme, site} -> float
+    q.conv(xq, xs, xz?, wq[O, I/g, ..], ws, wz?, bias[O]?, ys, yz?) {scheme, x_scheme, y_scheme, site, strides, ...}
+    q.conv_dyn(x, wq, ws, wz?, bias[O]?) {scheme, x_scheme, site, strides, ...} -> float
+    q.matmul(aq, as, az?, bq, bs, bz?, ys?, yz?) {a_scheme, b_scheme, y_scheme?, site}
+    q.apply(c, s, z?, [c, s, z?] .., ys, yz?) {fn, x_scheme, y_scheme, ...} -> codes
+
+Results of ``q.linear_static`` and ``q.matmul`` are codes where they have a ``y_scheme``, else floats. A convolution's
+scales are ``[O]`` or ``[]``; ``q.apply`` and the convolutions keep the attributes of the ONNX op that they stand for.
 ``G`` is ``ceil(K / group)``, 1 for channel; a tensor scheme has scales ``[1, 1]`` there. In quantize and dequantize the
 scale has the tensor's shape with the grouped axis divided (group), ``[C]`` (channel) or ``[]`` (tensor).
 """
@@ -13,12 +23,17 @@ scale has the tensor's shape with the grouped axis divided (group), ``[C]`` (cha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
 
+from qcompiler import integer_spec, op_spec
 from qcompiler.errors import StructureError
 from qcompiler.ir import Graph, Op, TensorType, Use, Value
-from qcompiler.scheme import Scheme
-from qcompiler.text import show_op, show_type
+from qcompiler.op_spec import fail, scale_shape
+from qcompiler.text import show_type
+
+__all__ = ["SPECS", "check", "is_float_const", "is_pure", "scale_shape"]
+
+SPECS: dict[str, Callable[[Op], None]] = op_spec.SPECS | integer_spec.SPECS
+"""Op name -> the function that raises StructureError where an op of that name breaks a law."""
 
 # -- named predicates ----------------------------------------------------------------------------------------
 
@@ -38,122 +53,6 @@ def is_float_const(value: Value | None) -> bool:
     return value is not None and value.is_const and value.tensor.dtype is not None and value.tensor.dtype.is_float
 
 
-def scale_shape(shape: tuple[int, ...], scheme: Scheme) -> tuple[int, ...]:
-    """The shape of scales and zeros for a tensor of ``shape``; raises StructureError where the axis does not exist."""
-    if scheme.granularity == "tensor":
-        return ()
-    if scheme.axis is None or not -len(shape) <= scheme.axis < len(shape):
-        raise StructureError(f"scheme <{scheme}> has no axis in a tensor of rank {len(shape)}")
-    axis = scheme.axis % len(shape)
-    if scheme.granularity == "channel":
-        return (shape[axis],)
-    if scheme.granularity == "group":
-        return (*shape[:axis], scheme.groups(shape[axis]), *shape[axis + 1 :])
-    raise StructureError(f"scheme <{scheme}>: no static scale shape for granularity {scheme.granularity}")
-
-
-# -- the specs of q.* ops ------------------------------------------------------------------------------------
-
-
-def _fail(op: Op, why: str) -> NoReturn:
-    source = f" (from {op.loc.source})" if op.loc.source else ""
-    raise StructureError(f"{why}; in: {show_op(op, locs=False)}{source}")
-
-
-def _scheme(op: Op) -> Scheme:
-    scheme = op.attrs.get("scheme")
-    if not isinstance(scheme, Scheme):
-        _fail(op, f"{op.name} needs a scheme")
-    return scheme
-
-
-def _need(op: Op, index: int, what: str) -> Value:
-    value = op.operand(index)
-    if value is None:
-        _fail(op, f"{op.name} needs {what} as operand {index}")
-    return value
-
-
-def _shaped(op: Op, value: Value, shape: tuple[int, ...], what: str) -> None:
-    have = value.tensor.static_shape
-    if have is not None and have != shape:
-        _fail(op, f"{what} has shape {list(have)}, the scheme asks for {list(shape)}")
-
-
-def _parameters(op: Op, first: int, shape: tuple[int, ...] | None, scheme: Scheme) -> None:
-    """Operands ``first`` (scale) and ``first + 1`` (zero) agree with the scheme."""
-    scale, zero = _need(op, first, "a scale"), op.operand(first + 1)
-    if scale.tensor.dtype is not None and not scale.tensor.dtype.is_float:
-        _fail(op, f"the scale is {scale.tensor.dtype}, not a float")
-    if (zero is None) != scheme.symmetric:
-        _fail(op, "an asymmetric scheme has a zero point and a symmetric one has none")
-    if shape is not None:
-        _shaped(op, scale, shape, "the scale")
-        if zero is not None:
-            _shaped(op, zero, shape, "the zero point")
-
-
-def _codes(op: Op, value: Value, scheme: Scheme) -> None:
-    have = value.tensor.dtype
-    if have is not None and have != scheme.dtype:
-        _fail(op, f"codes are {have}, the scheme says {scheme.dtype}")
-
-
-def _quantize(op: Op) -> None:
-    scheme, x = _scheme(op), _need(op, 0, "a tensor")
-    shape = x.tensor.static_shape
-    _parameters(op, 1, None if shape is None else scale_shape(shape, scheme), scheme)
-    _codes(op, op.result, scheme)
-
-
-def _dequantize(op: Op) -> None:
-    scheme, codes = _scheme(op), _need(op, 0, "codes")
-    shape = codes.tensor.static_shape
-    _parameters(op, 1, None if shape is None else scale_shape(shape, scheme), scheme)
-    _codes(op, codes, scheme)
-
-
-def _matrix(op: Op, scheme: Scheme) -> tuple[int, int] | None:
-    codes = _need(op, 1, "codes")
-    _codes(op, codes, scheme)
-    if codes.tensor.rank not in (None, 2):
-        _fail(op, f"codes have rank {codes.tensor.rank}, {op.name} takes [N, K]")
-    if scheme.axis != 1:
-        _fail(op, f"{op.name} groups along K, axis 1 of its codes, not axis {scheme.axis}")
-    shape = codes.tensor.static_shape
-    if shape is not None:
-        columns = scheme.groups(shape[1])
-        _parameters(op, 2, (1, 1) if scheme.granularity == "tensor" else (shape[0], columns), scheme)
-        return shape[0], shape[1]
-    return None
-
-
-def _linear(op: Op) -> None:
-    nk = _matrix(op, _scheme(op))
-    x, bias = _need(op, 0, "an activation"), op.operand(4)
-    if nk is None:
-        return
-    if x.tensor.shape and isinstance(x.tensor.shape[-1], int) and x.tensor.shape[-1] != nk[1]:
-        _fail(op, f"the activation ends in {x.tensor.shape[-1]}, the codes have K={nk[1]}")
-    if bias is not None:
-        _shaped(op, bias, (nk[0],), "the bias")
-
-
-def _embedding(op: Op) -> None:
-    _matrix(op, _scheme(op))
-    indices = _need(op, 0, "indices")
-    if indices.tensor.dtype is not None and not indices.tensor.dtype.is_integer:
-        _fail(op, f"indices are {indices.tensor.dtype}, not integers")
-
-
-SPECS: dict[str, Callable[[Op], None]] = {
-    "q.quantize": _quantize,
-    "q.dequantize": _dequantize,
-    "q.linear": _linear,
-    "q.embedding": _embedding,
-}
-
-
 # -- structure -----------------------------------------------------------------------------------------------
 
 
@@ -171,26 +70,26 @@ def _check(graph: Graph, visible: dict[Value, None]) -> None:
         registered += 1
     for op in graph:
         if op.graph is not graph or op.erased:
-            _fail(op, f"the op is linked in graph '{graph.name}' but does not belong to it")
+            fail(op, f"the op is linked in graph '{graph.name}' but does not belong to it")
         for i, operand in enumerate(op.operands):
             if operand is None:
                 continue
             if operand not in visible:
-                _fail(op, f"operand {i}, {operand!r}, is not defined before this op")
+                fail(op, f"operand {i}, {operand!r}, is not defined before this op")
             if Use(op, i) not in operand.uses:
-                _fail(op, f"the use list of {operand!r} misses operand {i}")
+                fail(op, f"the use list of {operand!r} misses operand {i}")
         if op.name.startswith("q."):
             spec = SPECS.get(op.name)
             if spec is None:
-                _fail(op, f"no op {op.name}; the q dialect has {', '.join(SPECS)}")
+                fail(op, f"no op {op.name}; the q dialect has {', '.join(SPECS)}")
             spec(op)
         for region in op.regions.values():
             if region.parent is not op:
-                _fail(op, f"region '{region.name}' does not know its op")
+                fail(op, f"region '{region.name}' does not know its op")
             _check(region, visible)
         for i, r in enumerate(op.results):
             if r.owner is not op or r.index != i:
-                _fail(op, f"result {i}, {r!r}, does not know its op")
+                fail(op, f"result {i}, {r!r}, does not know its op")
             _check_value(graph, r)
             visible[r] = None
             registered += 1

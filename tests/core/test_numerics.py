@@ -202,8 +202,8 @@ def test_evaluate_names_the_ops() -> None:
         assert np.array_equal(plain, numerics.q_linear(x, codes, scale, zero, None, scheme))
         assert np.allclose(plain, y - 1, rtol=1e-6, atol=1e-6)
     assert np.array_equal(numerics.evaluate("q.embedding", [np.array(3), codes, scale, zero], attrs), dq[3])
-    with pytest.raises(InputError, match="no reference for q\\.conv; there is one for q\\.quantize"):
-        numerics.evaluate("q.conv", [x], attrs)
+    with pytest.raises(InputError, match="no reference for q\\.nothing; there is one for q\\.quantize"):
+        numerics.evaluate("q.nothing", [x], attrs)
     with pytest.raises(InputError, match="q\\.linear needs 3 operands before the optional ones, got 2"):
         numerics.evaluate("q.linear", [x, codes, None], attrs)
 
