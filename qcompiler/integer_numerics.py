@@ -74,7 +74,7 @@ def _windows(
     padded = np.pad(x, widths, constant_values=fill)
     dilated = [(k - 1) * s + 1 for k, s in zip(kernel, dilations, strict=True)]
     axes = tuple(range(2, 2 + d))
-    seen: Floats = sliding_window_view(padded, dilated, axis=axes)  # type: ignore[call-overload]
+    seen: Floats = sliding_window_view(padded, dilated, axis=axes)
     steps = [slice(None), slice(None), *(slice(None, None, s) for s in strides)]
     return seen[(*steps, *(slice(None, None, s) for s in dilations))]
 
