@@ -162,11 +162,13 @@ def call(fn: str, xs: Sequence[Floats], attrs: Mapping[str, Any]) -> Floats:
         case "Sigmoid":
             return _sigmoid(x)
         case "LeakyRelu":
-            return np.where(x >= 0, x, x * float(attrs.get("alpha", 0.01)))
+            leaky: Floats = np.where(x >= 0, x, x * float(attrs.get("alpha", 0.01)))
+            return leaky
         case "Softmax":
             return _softmax(x, int(attrs.get("axis", -1)))
         case "GlobalAveragePool":
-            return x.mean(axis=tuple(range(2, x.ndim)), keepdims=True)
+            mean: Floats = x.mean(axis=tuple(range(2, x.ndim)), keepdims=True)
+            return mean
         case "AveragePool":
             return average_pool(x, attrs)
     raise InputError(f"no reference for q.apply of {fn!r}; there is one for {', '.join(sorted(FUNCTIONS))}")
