@@ -33,6 +33,7 @@ EMBEDDING_OPS = frozenset({"onnx.Gather", "aten.embedding.default"})
 CONV_OPS = frozenset(
     {"onnx.Conv", "onnx.ConvTranspose", "com.microsoft.FusedConv", "aten.conv1d.default"}
     | {"aten.conv2d.default", "aten.conv3d.default", "aten.convolution.default"}
+    | {"aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.padding"}
 )
 RECURRENT_OPS = frozenset({"onnx.LSTM", "onnx.GRU", "onnx.RNN", "aten.lstm.input", "aten.gru.input"})
 
