@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +62,7 @@ def plans(m: int) -> tuple[Plan, ...]:
 def made_up(graph: Graph, m: int, seed: int = 0) -> Iterator[dict[str, Array]]:
     """Candidate inputs for a phase of ``m`` rows; nothing when an input is too big or of a type not made up here."""
     inputs = [v for v in graph.inputs if v.payload is None]
-    if any(_unmakeable(v) for v in inputs):
+    if any(unmakeable(v) for v in inputs):
         return
     seen: list[tuple[tuple[int, ...], ...]] = []
     for plan in plans(m):
@@ -70,8 +70,22 @@ def made_up(graph: Graph, m: int, seed: int = 0) -> Iterator[dict[str, Array]]:
         if shapes in seen or _bytes(inputs, shapes) > INPUT_BYTES:
             continue
         seen.append(shapes)
-        rng = np.random.default_rng(seed)
-        yield {v.name: _values(v, s, rng) for v, s in zip(inputs, shapes, strict=True)}
+        yield values_of(inputs, shapes, seed)
+
+
+def values_of(inputs: Sequence[Value], shapes: Sequence[tuple[int, ...]], seed: int = 0) -> dict[str, Array]:
+    """Made-up values of these shapes by input name; the types are those that :func:`unmakeable` lets pass."""
+    rng = np.random.default_rng(seed)
+    return {v.name: _values(v, s, rng) for v, s in zip(inputs, shapes, strict=True)}
+
+
+def shape_of(value: Value, size: Callable[[str, int], int]) -> tuple[int, ...]:
+    """The shape of an input where ``size(symbol, axis)`` says what a symbol stands for; an axis without a name is
+    called ``?axis``. Sums and products of symbols are computed."""
+    return tuple(
+        d if isinstance(d, int) else _evaluate(_key(d, axis), lambda s, a=axis: size(s, a))  # type: ignore[misc]
+        for axis, d in enumerate(value.tensor.shape or ())
+    )
 
 
 def _bytes(inputs: list[Value], shapes: tuple[tuple[int, ...], ...]) -> int:
@@ -79,7 +93,8 @@ def _bytes(inputs: list[Value], shapes: tuple[tuple[int, ...], ...]) -> int:
     return sum(math.prod(s) * (8 if k is None else max(1, k.bits // 8)) for k, s in zip(kinds, shapes, strict=True))
 
 
-def _unmakeable(value: Value) -> bool:
+def unmakeable(value: Value) -> bool:
+    """Whether the type of an input is one that no values are made up for."""
     element = value.tensor.dtype
     return (
         element is None
@@ -104,10 +119,7 @@ def _expression(name: str) -> bool:
 
 
 def _shape(value: Value, plan: Plan, symbols: int) -> tuple[int, ...]:
-    return tuple(
-        d if isinstance(d, int) else _evaluate(_key(d, axis), lambda s, a=axis: plan.size(s, a, symbols))  # type: ignore[misc]
-        for axis, d in enumerate(value.tensor.shape or ())
-    )
+    return shape_of(value, lambda symbol, axis: plan.size(symbol, axis, symbols))
 
 
 def _evaluate(text: str, size: Callable[[str], int]) -> int:
@@ -155,7 +167,7 @@ def _values(value: Value, shape: tuple[int, ...], rng: np.random.Generator) -> A
         return np.ones(shape, element.storage)
     if "position" in word and shape:
         return np.broadcast_to(np.arange(shape[-1], dtype=element.storage), shape).copy()
-    return rng.integers(0, max(1, min(IDS, _limit(value))), shape).astype(element.storage)
+    return rng.integers(0, min(IDS, table_rows(value) or 2), shape).astype(element.storage)
 
 
 def _is_scale(value: Value) -> bool:
@@ -168,8 +180,8 @@ def _is_scale(value: Value) -> bool:
     return False
 
 
-def _limit(value: Value) -> int:
-    """Rows of the smallest table that ``value`` looks into; 2 where it looks into none."""
+def table_rows(value: Value) -> int:
+    """Rows of the smallest table that ``value`` looks into; 0 where it looks into none."""
     limit, work, seen = 0, [value], {value}
     while work:
         at = work.pop()
@@ -179,7 +191,7 @@ def _limit(value: Value) -> int:
             if op.name in MOVES and op.results and op.results[0] not in seen and op.operand(0) is at:
                 seen.add(op.results[0])
                 work.append(op.results[0])
-    return limit or 2
+    return limit
 
 
 def _rows(op: Op, index: Value) -> int:

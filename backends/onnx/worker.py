@@ -20,10 +20,11 @@ class ProbeDied(Exception):
 
 
 class Worker:
-    """A probe process, started at the first job and again after it died. Use it in a ``with`` block."""
+    """A process that serves jobs, a line of JSON each; started at the first job and again after it died. Use it in a
+    ``with`` block. ``module`` is what the process runs."""
 
-    def __init__(self, timeout: float = TIMEOUT) -> None:
-        self.timeout = timeout
+    def __init__(self, timeout: float = TIMEOUT, module: str = "qcompiler.backends.onnx.probe") -> None:
+        self.timeout, self.module = timeout, module
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Worker:
@@ -49,7 +50,7 @@ class Worker:
     def _started(self) -> subprocess.Popen[bytes]:
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "qcompiler.backends.onnx.probe"],
+                [sys.executable, "-m", self.module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
