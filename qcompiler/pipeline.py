@@ -6,18 +6,28 @@ import contextlib
 import gc
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
-from qcompiler.errors import Error, StructureError
+from qcompiler.errors import CalibrationError, Error, StructureError
 from qcompiler.ir import Graph
 from qcompiler.rewrite import Refusal
 from qcompiler.sites import Ledger
 from qcompiler.spec import check
 from qcompiler.target import PHASES, Phase, Target
 from qcompiler.verify.findings import Finding
+
+
+class Calibration(Protocol):
+    """Calibration data at hand: a :class:`qcompiler.calibrate.calibrator.Calibrator`."""
+
+    measured: bool
+    """False while planning: the observers are told that values lie in -1..1, and nothing is run."""
+
+    def observe(self, graph: Graph, wanted: Mapping[str, Sequence[Any]]) -> None:
+        """Show the observers of each named value all that it takes while the data runs through ``graph`` as it is."""
 
 
 @dataclass
@@ -31,12 +41,22 @@ class Context:
     refusals: list[Refusal] = field(default_factory=list)
     passes_s: dict[str, float] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda text: None
+    calibration: Calibration | None = None
 
     def need_target(self, who: str) -> Target:
         """The target; raises Error when a pass that must know it runs without one."""
         if self.target is None:
             raise Error(f"{who} needs a target: it asks the kernel table; run it with --target")
         return self.target
+
+    def need_calibration(self, who: str) -> Calibration:
+        """The calibration data; raises CalibrationError when ``who`` (a pass) must run the model and has none."""
+        if self.calibration is None:
+            raise CalibrationError(
+                f"{who} measures activations and needs --calibration DATA: an .npz, .npy, .jsonl or .txt file, or "
+                "package.module:function"
+            )
+        return self.calibration
 
 
 class Pass(ABC):
