@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from qcompiler.errors import InputError
 from qcompiler.ir import Graph
 from qcompiler.report.model import Quality
 from qcompiler.sites import Site
@@ -66,6 +67,59 @@ class Judged:
     sites: list[Site]
     findings: list[Finding]
     evidence: EvidenceResult
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size that a model is timed at: sequences of ``m`` rows (None: it has no open sequence axis) in a ``batch``,
+    ``past`` tokens in its caches (None: it has none). One run handles ``count`` things called ``unit``."""
+
+    phase: str | None
+    m: int | None
+    batch: int
+    past: int | None
+    unit: str
+    count: int
+
+    @property
+    def text(self) -> str:
+        """``decode M=1, batch 8, 128 tokens past``."""
+        phase = [] if self.m is None else [f"{self.phase} M={self.m}"]
+        past = [] if self.past is None else [f"{self.past} tokens past"]
+        return ", ".join([*phase, f"batch {self.batch}", *past])
+
+
+class Timed(ABC):
+    """A model opened in a process of its own, to be timed while nothing else runs."""
+
+    path: Path
+    file_bytes: int
+    weight_bytes: int
+    """Bytes of the weights that one run reads."""
+    load_s: float
+    before_bytes: int
+    """Peak resident bytes before the model was opened: interpreter and runtime."""
+    cases: Mapping[Case, str]
+    first_s: Mapping[Case, float]
+    """Seconds of the first run at each size."""
+    left_out: list[str]
+    """What was asked for and does not apply, with the reason."""
+
+    @abstractmethod
+    def prepare(self, phases: Sequence[Phase], batches: Sequence[int], past: int) -> None:
+        """Make inputs for each size that the model can run, and run each once; raises InputError when none is left."""
+
+    @abstractmethod
+    def turn(self, case: Case, untimed: int, count: int) -> list[float]:
+        """Seconds of ``count`` runs after ``untimed`` ones; the process is idle again when this returns."""
+
+    @abstractmethod
+    def peak_bytes(self) -> int:
+        """Peak resident bytes of the process so far."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the process."""
 
 
 class Backend(ABC):
@@ -127,6 +181,10 @@ class Backend(ABC):
     @abstractmethod
     def versions(self) -> dict[str, str]:
         """Package name -> version, for the report."""
+
+    def timed(self, path: Path, threads: int, dims: Mapping[str, int], folder: Path) -> Timed:
+        """The file opened in a process of its own; ``dims`` fixes open dimensions by name, ``folder`` is for scratch."""
+        raise InputError(f"no runtime here times a {self.suffix} file; give an .onnx file")
 
     @abstractmethod
     def open(self, path: Path, target: Target) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qcompiler.backends.base import Backend, Captured, Judged, Progress, Written
+from qcompiler.backends.base import Backend, Captured, Judged, Progress, Timed, Written
 from qcompiler.backends.onnx import capture as capturing
 from qcompiler.backends.onnx import kernels
 from qcompiler.backends.onnx.emit import emit_onnx
@@ -115,6 +115,11 @@ class OrtBackend(Backend):
             except importlib.metadata.PackageNotFoundError:
                 continue
         return found
+
+    def timed(self, path: Path, threads: int, dims: Mapping[str, int], folder: Path) -> Timed:
+        from qcompiler.backends.onnx.timing import OrtTimed
+
+        return OrtTimed(path, threads, dims, folder)
 
     def open(self, path: Path, target: Target) -> Any:
         import onnxruntime as ort
