@@ -180,7 +180,7 @@ def report(job: Job, captured: Captured) -> Report:
         quality=job.quality,
         artifact=job.artifact,
         versions=job.backend.versions(),
-        notes=tuple(job.notes),
+        notes=(*job.notes, *job.ctx.notes),
     )
 
 

@@ -29,10 +29,16 @@ class Calibration(Protocol):
     def observe(self, graph: Graph, wanted: Mapping[str, Sequence[Any]]) -> None:
         """Show the observers of each named value all that it takes while the data runs through ``graph`` as it is."""
 
+    def outputs(self, graph: Graph, names: Sequence[str], count: int) -> Iterator[dict[str, Any]]:
+        """The named values of ``graph`` as it is on the first ``count`` samples, one batch at a time."""
+
 
 @dataclass
 class Context:
-    """What passes share: the target they compile for, the sites and findings so far, and why rules did not fire."""
+    """What passes share: the target they compile for, the sites and findings so far, and why rules did not fire.
+
+    ``notes`` are lines for the report that are no findings.
+    """
 
     target: Target | None = None
     phases: Sequence[Phase] = PHASES
@@ -42,6 +48,7 @@ class Context:
     passes_s: dict[str, float] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda text: None
     calibration: Calibration | None = None
+    notes: list[str] = field(default_factory=list)
 
     def need_target(self, who: str) -> Target:
         """The target; raises Error when a pass that must know it runs without one."""

@@ -104,7 +104,14 @@ def _convert(name: str, key: str, hint: Any, value: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(name, key, next(a for a in args if a is not type(None)), value)
+        kinds = [a for a in args if a is not type(None)]
+        reasons = []
+        for kind in kinds:
+            try:
+                return _convert(name, key, kind, value)
+            except RecipeError as e:
+                reasons.append(str(e))
+        raise RecipeError("; or ".join(reasons))
     if hint is Scheme:
         if isinstance(value, Scheme):
             return value

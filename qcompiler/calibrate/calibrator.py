@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeAlias
 
@@ -71,6 +72,16 @@ class Calibrator:
         for name, observers in wanted.items():
             if not all(o.seen for o in observers):
                 self.findings.append(never_seen(graph.local(name) or name))
+
+    def outputs(self, graph: Graph, names: Sequence[str], count: int) -> Iterator[dict[str, Array]]:
+        """The values called ``names`` of ``graph`` as it is, on each of the first ``count`` batches of the data.
+
+        For proofs that a rewrite changed nothing: nothing is cached. Raises InputError where the data does not fit.
+        """
+        with self.runner(graph, list(names)) as run:
+            for batch in itertools.islice(self.data.batches(graph.inputs), count):
+                found = run(batch)
+                yield {name: found[name] for name in names}
 
     def _from_cache(self, entry: Entry, wanted: Wanted) -> Wanted:
         """Fill the observers that the cache knows; what is left."""

@@ -30,6 +30,8 @@ FLOORS: dict[str, int] = {
     "qcompiler.integer_numerics": 1,
     "qcompiler.tiling": 1,
     "qcompiler.rtn": 1,
+    "qcompiler.smoothing": 1,
+    "qcompiler.migration": 1,
     "qcompiler.clipping": 1,
     "qcompiler.rewrite": 1,
     "qcompiler.sites": 1,
