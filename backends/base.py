@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from qcompiler.calibrate.calibrator import Run
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
 from qcompiler.report.model import Quality
@@ -177,6 +179,14 @@ class Backend(ABC):
     @abstractmethod
     def quality(self, reference: Path, artifact: Path, data: Any) -> Quality | Finding | str:
         """Float against compiled on the same inputs; the reason why they were not compared; or what went wrong."""
+
+    @abstractmethod
+    def runner(self, graph: Graph, taps: Sequence[str]) -> AbstractContextManager[Run]:
+        """``graph`` as a function, for as long as the context lasts: inputs by name -> outputs and taps by name.
+
+        Any graph of this backend's dialect runs, as it stands: ``q.*`` ops by their reference semantics. ``taps`` name
+        inputs, constants or results at the top of the graph, and change nothing. Raises InputError.
+        """
 
     @abstractmethod
     def versions(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from qcompiler.backends.onnx import capture as capturing
 from qcompiler.backends.onnx import kernels
 from qcompiler.backends.onnx.emit import emit_onnx
 from qcompiler.backends.onnx.runtime_types import MEASURED_ON, installed_version, why_not_installed
+from qcompiler.calibrate.calibrator import Run
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
 from qcompiler.report.model import Quality
@@ -106,6 +108,13 @@ class OrtBackend(Backend):
         from qcompiler.backends.onnx.quality import compare
 
         return compare(reference, artifact)
+
+    def runner(self, graph: Graph, taps: Sequence[str]) -> AbstractContextManager[Run]:
+        if not _runtime():
+            raise InputError("running a model needs onnxruntime, which is not installed: pip install 'qcompiler[cpu]'")
+        from qcompiler.backends.onnx.running import running
+
+        return running(graph, taps)
 
     def versions(self) -> dict[str, str]:
         found = {}

@@ -102,9 +102,7 @@ def _typed(array: Array, value: Value, text: str, literal: bool) -> Array:
     fits = own is not None and (
         (own.is_float and element.is_float)
         or (own.is_integer and element.is_integer and _in_range(array, element.storage))
-        or (
-            literal and own.is_integer and (element.is_float or (element.kind == "bool" and _in_range(array, np.bool_)))
-        )
+        or (literal and own.is_integer and element.is_float)
     )
     if not fits:
         has = "bytes of no type" if own is None else str(own)

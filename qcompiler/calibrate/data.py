@@ -54,8 +54,8 @@ class Data:
 
 
 def open_data(given: Any, *, encode: Callable[[], Encode] | None = None, windows: int | None = WINDOWS) -> Data:
-    """The data that ``given`` names, in one of the :data:`FORMS`; in Python also arrays by input (first axis = samples),
-    an iterable of input dicts, a function that returns either, or Data itself.
+    """The data that ``given`` names in one of the :data:`FORMS`; in Python also Data itself, a mapping of arrays by
+    input (first axis = samples), an iterable of input dicts, or a function that returns either.
 
     ``encode`` finds the tokenizer for a text, of which at most ``windows`` samples are taken. Raises InputError for
     what is no data; files are read when they are walked.

@@ -169,21 +169,20 @@ class JsonlSource(FileSource):
         try:
             with open(self.path, encoding="utf-8") as f:
                 for number, line in enumerate(f, 1):
-                    if not line.strip():
-                        continue
-                    where = f"{self.label}, line {number}"
-                    try:
-                        found = json.loads(line)
-                    except json.JSONDecodeError as e:
-                        raise InputError(
-                            f"{self.label}, line {number}: no JSON ({e.msg} at column {e.colno})"
-                        ) from None
-                    if not isinstance(found, dict):
-                        kind = type(found).__name__
-                        raise InputError(f"{self.label}, line {number}: an object of inputs is wanted, not a {kind}")
-                    yield found
+                    if line.strip():
+                        yield _json_object(line, f"{self.label}, line {number}")
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f"{self.label} cannot be read: {e}") from None
+
+
+def _json_object(line: str, where: str) -> Sample:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise InputError(f"{where}: no JSON ({e.msg} at column {e.colno})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: an object of inputs is wanted, not a {type(found).__name__}")
+    return found
 
 
 TOKENS = 256

@@ -73,8 +73,7 @@ class Histogram:
     @property
     def edges(self) -> Floats:
         """The ``len(counts) + 1`` edges of the bins."""
-        out: Floats = (self.first + np.arange(len(self.counts) + 1)) * self.width
-        return out
+        return (self.first + np.arange(len(self.counts) + 1, dtype=np.float64)) * self.width
 
     def add(self, x: Array) -> None:
         """Count all of ``x``, finite values of any shape; raises CalibrationError for NaN and infinity."""

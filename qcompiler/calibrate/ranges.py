@@ -73,10 +73,10 @@ def mse_range(histogram: Histogram, scheme: Scheme) -> tuple[float, float]:
     # Bins hold nothing beyond the extremes: an even spread there would make every range seem to clip.
     left = np.maximum(edges[filled], histogram.lo)
     right = np.maximum(np.minimum(edges[filled + 1], histogram.hi), left)
-    bins = (left, right, counts[filled].astype(np.float64))
+    weight = counts[filled].astype(np.float64)
 
     def best(tried: list[tuple[float, float]]) -> tuple[float, float]:
-        return min(tried, key=lambda r: squared_error(*bins, *r, scheme))
+        return min(tried, key=lambda r: squared_error(left, right, weight, r, scheme))
 
     found = best([(lo * f, hi * f) for f in COARSE])
     ends = [(1, 1)]
@@ -91,9 +91,9 @@ def mse_range(histogram: Histogram, scheme: Scheme) -> tuple[float, float]:
     return found
 
 
-def squared_error(left: Floats, right: Floats, counts: Floats, lo: float, hi: float, scheme: Scheme) -> float:
-    """The sum of squared errors of ``counts`` values spread evenly over ``left..right`` each, quantized in lo..hi."""
-    scale, zero = affine_params(np.float64(lo), np.float64(hi), scheme, F32)  # type: ignore[arg-type]
+def squared_error(left: Floats, right: Floats, counts: Floats, ends: tuple[float, float], scheme: Scheme) -> float:
+    """The sum of squared errors of ``counts`` values spread evenly over ``left..right``, quantized in ``ends``."""
+    scale, zero = affine_params(np.array(ends[0]), np.array(ends[1]), scheme, F32)
     step = float(scale)
     offset = 0 if zero is None else int(zero)
     least, most = (scheme.dtype.qmin - offset) * step, (scheme.dtype.qmax - offset) * step
@@ -160,7 +160,7 @@ def _thresholds(most: int) -> list[int]:
 
 def code_count(lo: float, hi: float, scheme: Scheme) -> int:
     """How many codes of ``scheme`` values in lo..hi take."""
-    scale, _ = affine_params(np.float64(lo), np.float64(hi), scheme, F32)  # type: ignore[arg-type]
+    scale, _ = affine_params(np.array(lo), np.array(hi), scheme, F32)
     return min(round((hi - lo) / float(scale)) + 1, scheme.dtype.qmax - scheme.dtype.qmin + 1)
 
 
