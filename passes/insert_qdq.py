@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from qcompiler.clipping import Clip
+from qcompiler.conv_views import ConvView, as_conv
 from qcompiler.errors import InputError, RecipeError
 from qcompiler.ir import Graph, Loc, Op, TensorType, Use, Value
 from qcompiler.pipeline import Context, Pass
@@ -15,13 +16,23 @@ from qcompiler.rewrite import Declined
 from qcompiler.scheme import Scheme
 from qcompiler.sites import Ledger, Site, matches
 from qcompiler.spec import is_float_const
-from qcompiler.views import EmbeddingView, LinearView, as_embedding, as_linear, kind_of, through_transposes
+from qcompiler.views import (
+    EmbeddingView,
+    LinearView,
+    ProductView,
+    as_embedding,
+    as_linear,
+    as_product,
+    kind_of,
+    through_transposes,
+)
 from qcompiler.weights import WeightQuantization
 
 QUANTIZED_OPS = re.compile(
     r"q\.|.*(QuantizeLinear|DequantizeLinear|QLinear\w+|MatMulInteger\w*|DynamicQuantize\w+|MatMulNBits|MatMulBnb4"
     r"|QGemm|QMoE|QAttention|GatherBlockQuantized|ConvInteger|Quant|BipolarQuant)\Z|quantized_decomposed\.|torchao\."
 )
+View = LinearView | EmbeddingView | ConvView | ProductView
 _ANONYMOUS = re.compile(r"(val_|onnx::\w+_|const(ant)?_?|_|t_|permute_|transpose_)?\d+(_\w+)?\Z")
 
 
@@ -33,7 +44,7 @@ class Found:
     kind: str
     op: Op
     weight: Value
-    view: LinearView | EmbeddingView | None
+    view: View | None
     reason: str | None
 
 
@@ -46,8 +57,12 @@ def site_name(op: Op, weight: Value, *, shared: bool = False) -> str:
     return plain
 
 
-def find_sites(graph: Graph) -> Iterator[Found]:
-    """Every op of ``graph`` and its regions with a constant float weight of rank 2 or more, in graph order."""
+def find_sites(graph: Graph, *, convs: bool = False, products: bool = False) -> Iterator[Found]:
+    """Every op of ``graph`` and its regions with a constant float weight of rank 2 or more, in graph order.
+
+    Without ``convs`` a convolution is found with the reason that this pass leaves it, without ``products`` so is a
+    product whose constant is on the left or of rank 3.
+    """
     users: dict[Value, int] = {}
     places: list[tuple[Op, str, Value]] = []
     for op in graph.walk():
@@ -61,26 +76,62 @@ def find_sites(graph: Graph) -> Iterator[Found]:
             places.append((op, kind, weight))
     seen: set[Value] = set()
     for op, kind, weight in places:
-        view: LinearView | EmbeddingView | None = None
+        view: View | None = None
         reason: str | None = None
         try:
             if kind == "linear":
-                view = as_linear(op)
+                kind, view = _product(op) if products else ("linear", as_linear(op))
             elif kind == "embedding":
                 view = as_embedding(op)
+            elif kind == "conv" and convs:
+                view = as_conv(op)
             else:
-                reason = f"{op.name} weights are not quantized by this pass"
+                reason = _unquantized(op)
         except Declined as e:
-            if e.quiet and kind == "embedding":
+            if e.quiet and kind in ("embedding", "conv"):
                 continue
             reason = e.reason.message
+        weight = weight if view is None else view.table if isinstance(view, EmbeddingView) else view.weight
         yield Found(site_name(op, weight, shared=weight in seen), kind, op, weight, view, reason)
         seen.add(weight)
+
+
+def _product(op: Op) -> tuple[str, View]:
+    """The linear layer at ``op``, else the product with a constant; Declined with the reason why it is no layer."""
+    try:
+        return "linear", as_linear(op)
+    except Declined as e:
+        try:
+            return "matmul", as_product(op)
+        except Declined:
+            raise e from None
+
+
+def _unquantized(op: Op) -> str:
+    kernel = {"onnx.LSTM": "com.microsoft.DynamicQuantizeLSTM", "onnx.GRU": "none", "onnx.RNN": "none"}.get(op.name)
+    if kernel is None:
+        return f"{op.name} weights are not quantized by this pass"
+    if kernel == "none":
+        return f"{op.name} '{op.label}' stays in float: ONNX Runtime has no kernel that runs it on 8-bit weights"
+    return f"{op.name} '{op.label}' stays in float: its 8-bit kernel would be {kernel}, which is not written here"
+
+
+def _axis(f: Found, scheme: Scheme) -> int | None:
+    """The axis of the scheme in the stored weight: that of the reduction, per channel that of the output."""
+    if scheme.granularity == "tensor":
+        return None
+    if f.kind == "conv":
+        return 0
+    along = f.view.axis if isinstance(f.view, LinearView) else 1
+    return 1 - along if scheme.granularity == "channel" else along
 
 
 @dataclass(frozen=True)
 class InsertQdq(Pass):
     """Quantize the weights of linears with ``weights`` and embedding tables with ``embeddings``.
+
+    ``convs`` is for the weights of convolutions (per channel of the output, or per tensor), ``products`` for constants
+    on the left of a product or of rank 3 (per tensor); without them those stay in float and are listed with the reason.
 
     ``match`` and ``skip`` are globs over site names; each must match something. A table that an embedding and a linear
     share is quantized once, with ``embeddings`` where given. ``clip`` chooses max-abs or MSE-searched ranges.
@@ -93,6 +144,8 @@ class InsertQdq(Pass):
     match: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
     clip: Clip = "absmax"
+    convs: Scheme | None = None
+    products: Scheme | None = None
 
     def run(self, graph: Graph, ctx: Context) -> None:
         for op in graph.walk():
@@ -101,23 +154,33 @@ class InsertQdq(Pass):
                     f"the model is already quantized: '{op.label}' is a {op.name}; compile its float original, "
                     "or judge it as it is with 'qcompiler verify'"
                 )
-        found = list(find_sites(graph))
+        self._check_schemes()
+        found = list(find_sites(graph, convs=self.convs is not None, products=self.products is not None))
         wanted = self._select(found, ctx.ledger)
         tied = {f.weight: self.embeddings for f in wanted if f.kind == "embedding" and self.embeddings is not None}
         by_weight: dict[tuple[Value, Scheme], list[tuple[Found, Site]]] = {}
         for f in wanted:
-            scheme = tied.get(f.weight) or (self.weights if f.kind == "linear" else self.embeddings)
+            scheme = tied.get(f.weight) or self._scheme(f)
             site = ctx.ledger[self._record(f, scheme, ctx.ledger)]
             if scheme is None:
                 ctx.ledger.skip(site.name, "the recipe leaves embedding tables in float")
                 continue
-            axis = f.view.axis if isinstance(f.view, LinearView) else 1
-            if scheme.granularity == "channel":
-                axis = 1 - axis
-            oriented = scheme.with_axis(None if scheme.granularity == "tensor" else axis)
+            oriented = scheme.with_axis(_axis(f, scheme))
             by_weight.setdefault((f.weight, oriented), []).append((f, site))
         for (weight, scheme), sites in by_weight.items():
             self._insert(weight, scheme, sites)
+
+    def _check_schemes(self) -> None:
+        for key, scheme, known in (
+            ("convs", self.convs, ("channel", "tensor")),
+            ("products", self.products, ("tensor",)),
+        ):
+            if scheme is not None and (scheme.dynamic or scheme.granularity not in known):
+                raise RecipeError(f"insert-qdq.{key} is static and per {' or '.join(known)}, not <{scheme.text}>")
+
+    def _scheme(self, f: Found) -> Scheme | None:
+        by_kind = {"linear": self.weights, "conv": self.convs, "matmul": self.products}
+        return by_kind.get(f.kind, self.embeddings)
 
     def _select(self, found: list[Found], ledger: Ledger) -> list[Found]:
         """The sites to quantize; the others go to the ledger with the reason. RecipeError for a glob in vain."""

@@ -79,6 +79,19 @@ def _no_underflow(exact: Floats, element: DType) -> Floats:
     return np.where(exact < float(info.smallest_normal), np.ceil(exact / step) * step, exact)
 
 
+def raised(lo: Floats, hi: Floats, floor: Floats, scheme: Scheme) -> tuple[Floats, Floats]:
+    """The ranges widened so far that :func:`affine_params` makes scales of at least ``floor`` of them.
+
+    A range of zeros gets the floor itself where that is above 0. The scale is rounded to its dtype after that, so it
+    may be half a unit in the last place below the floor.
+    """
+    lo, hi = np.minimum(lo, 0.0), np.maximum(hi, 0.0)
+    qmin, qmax = scheme.dtype.qmin, scheme.dtype.qmax
+    if not scheme.symmetric:
+        return lo, np.maximum(hi, lo + floor * (qmax - qmin))
+    return lo, np.maximum(hi, floor * (qmax if scheme.dtype.kind == "uint" else (qmax - qmin) / 2))
+
+
 def work_dtype(element: DType) -> np.dtype[np.float32] | np.dtype[np.float64]:
     """What codes are computed in: f64 for f64, f32 for every narrower float, as ONNX QuantizeLinear does."""
     return np.dtype(np.float64) if element.name == "f64" else np.dtype(np.float32)

@@ -20,6 +20,7 @@ from qcompiler.clipping import (
     affine_params,
     best_factor,
     check_integer,
+    raised,
     search_range,
     shrink_errors,
 )
@@ -55,13 +56,15 @@ def quantize_weight(
     clip: Clip = "absmax",
     transpose: bool = False,
     threads: int | None = None,
+    floor: Array | None = None,
 ) -> RtnResult:
     """Codes, scales and zero points of the matrix ``weight`` (f16, bf16, f32 or f64), with figures about them.
 
     ``scheme.axis`` is the axis that groups run along, for channel granularity that of the channels, None per tensor.
     With ``transpose`` codes and parameters come out transposed, as those of the transposed weight under the other axis.
     ``threads`` defaults to the processors at hand, at most 4. Neither it nor the orientation of the weight changes a
-    bit, but for a tie between two ranges where ``clip`` is ``mse`` and the granularity tensor.
+    bit, but for a tie between two ranges where ``clip`` is ``mse`` and the granularity tensor. ``floor``, of the shape
+    of the scales before any transposing, is what no scale may be below; see :func:`qcompiler.clipping.raised`.
     Raises BadWeights for NaN or infinity, InputError for a tensor that is no float matrix or a scheme without integer
     codes of one static granularity.
     """
@@ -69,7 +72,7 @@ def quantize_weight(
     payload = weight if isinstance(weight, Payload) else ArrayPayload(np.asarray(weight), dtype_of(weight.dtype))
     if len(payload.shape) != 2 or not payload.dtype.is_float:
         raise InputError(f"only float matrices are quantized here, not {payload.dtype}{list(payload.shape)}")
-    job = _Job(payload, scheme, clip, transpose, threads or processors())
+    job = _Job(payload, scheme, clip, transpose, threads or processors(), floor)
     job.run()
     return job.result()
 
@@ -84,7 +87,9 @@ class _Job:
     ``mse`` their errors).
     """
 
-    def __init__(self, weight: Payload, scheme: Scheme, clip: Clip, transpose: bool, threads: int) -> None:
+    def __init__(
+        self, weight: Payload, scheme: Scheme, clip: Clip, transpose: bool, threads: int, floor: Array | None
+    ) -> None:
         self.scheme, self.clip, self.transpose, self.threads = scheme, clip, transpose, threads
         self.element = weight.dtype
         rows, cols = self.shape = weight.shape[0], weight.shape[1]
@@ -98,6 +103,7 @@ class _Job:
         none = np.zeros((1, 1) if scheme.granularity == "tensor" else whole)
         self.scale, self.zero = affine_params(none, none, scheme, weight.dtype)
         self.zero_groups = none == 0
+        self.floor = None if floor is None else floor.astype(np.float64).reshape(none.shape)
         self.reader = Reader(weight)
         self.tiles = list(tiles(self.shape, *self._steps()))
         self.codes = np.empty((cols, rows) if transpose else (rows, cols), scheme.dtype.storage)
@@ -267,10 +273,12 @@ class _Job:
         return out
 
     def _set_params(self, where: Region, lo: Floats, hi: Floats) -> None:
+        self.zero_groups[where] = (lo == 0) & (hi == 0)
+        if self.floor is not None:
+            lo, hi = raised(lo, hi, self.floor[where], self.scheme)
         self.scale[where], zero = affine_params(lo, hi, self.scheme, self.element)
         if self.zero is not None and zero is not None:
             self.zero[where] = zero
-        self.zero_groups[where] = (lo == 0) & (hi == 0)
 
     # -- codes -----------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Views: what an op of any host dialect *is*, so that passes never match source spellings.
 
 ``as_linear`` reads onnx.MatMul, onnx.Gemm, aten.linear, addmm, mm, matmul and our q-dialect neighbours as one
-``x @ W^T + b``; ``as_embedding`` reads onnx.Gather and aten.embedding. A view looks through two-dimensional transposes
+``x @ W^T + b``; ``as_product`` the products with a constant that are no such layer (weight on the left, or of rank 3);
+``as_embedding`` reads onnx.Gather and aten.embedding. A view looks through two-dimensional transposes
 of the weight. What an op of the right kind lacks to be such a view is a :class:`~qcompiler.rewrite.Declined` with a
 reason; an op of another kind is declined quietly.
 """
@@ -65,6 +66,22 @@ class LinearView:
     def axis(self) -> int:
         """The axis of ``weight`` along which the reduction runs."""
         return 1 if self.transposed else 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProductView:
+    """``result = x @ weight``, or ``weight @ x`` where ``slot``, the operand of the weight, is 0.
+
+    ``weight`` is a constant of rank 2 or more; ``k`` is the length of the reduction, ``n`` that of its other axis.
+    """
+
+    op: Op
+    x: Value
+    weight: Value
+    slot: int
+    n: int
+    k: int
+    result: Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +167,7 @@ def _constant_behind(value: Value | None) -> bool:
     """True when ``value`` is a float constant or a dequantized one, possibly behind transposes."""
     if value is None:
         return False
-    stored, _ = through_transposes(value)
-    return is_float_const(stored) or (stored.owner is not None and stored.owner.name == "q.dequantize")
+    return _is_weight(through_transposes(value)[0])
 
 
 def _quiet(op: Op) -> Declined:
@@ -188,6 +204,35 @@ def as_linear(op: Op) -> LinearView:
         have = bias.tensor.shape
         raise Declined(Reason("QC203", f"{op.name} '{op.label}' adds a tensor of shape {have}, not a bias [{n}]", ""))
     return LinearView(op, x, stored, bias, transposed, n, k, op.result, (op,))
+
+
+def as_product(op: Op) -> ProductView:
+    """The product rooted at ``op`` whose constant is on the left, or of rank 3 or more; Declined with the reason.
+
+    Products that :func:`as_linear` reads are declined quietly. A constant is read where it stands: no transpose
+    before it is looked through.
+    """
+    if op.name not in LINEAR_OPS:
+        raise _quiet(op)
+    x, weight, bias, written = _operands(op)
+    slot = 1
+    if x is not None and not _constant_behind(weight) and _constant_behind(x):
+        x, weight, slot = weight, x, 0
+    rank = 0 if weight is None else weight.tensor.rank or 0
+    if x is None or weight is None or not _is_weight(weight) or (slot == 1 and rank < 3) or rank < 2:
+        raise _quiet(op)
+    _plain_attributes(op)
+    shape = weight.tensor.static_shape
+    if written or bias is not None or shape is None:
+        message = f"{op.name} '{op.label}' is more than a product with a constant of known shape"
+        raise Declined(Reason("QC203", message, "write it as MatMul and Add"))
+    n, k = shape[-2:] if slot == 0 else shape[:-3:-1]
+    return ProductView(op, x, weight, slot, n, k, op.result)
+
+
+def _is_weight(value: Value) -> bool:
+    """A float constant, or a dequantized one."""
+    return is_float_const(value) or (value.owner is not None and value.owner.name == "q.dequantize")
 
 
 def is_row(bias: Value, n: int) -> bool:
