@@ -14,6 +14,9 @@ from qcompiler import driver
 from qcompiler import recipe as recipes
 from qcompiler.backends import BACKENDS, backend_of
 from qcompiler.backends.base import Progress, Silent
+from qcompiler.calibrate.calibrator import Planned
+from qcompiler.calibrate.data import open_data
+from qcompiler.calibrate.tokens import encoder_beside
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
 from qcompiler.memory import bound
@@ -81,15 +84,17 @@ def compile(
 ) -> Artifact:
     """Compile ``source`` for ``target`` by ``recipe``; the artifact goes to ``out``, or to a folder that dies with it.
 
+    ``calibration`` is the data that recipes measure activations on: the path of an .npz, .npy, .jsonl or .txt file,
+    ``package.module:function``, a mapping of arrays by input (first axis = samples), an iterable of input dicts, or a
+    function that returns either.
     ``settings`` maps ``pass.key`` to a value (``emit.external`` = true puts the weights beside the model), ``skip``
     adds site globs, ``max_ram`` bounds private memory in bytes.
-    Raises InputError or RecipeError for a request that cannot be met and RejectedError, which carries the report, when
-    the verifier refuses the result.
+    Raises InputError, RecipeError or CalibrationError for a request that cannot be met and RejectedError, which carries
+    the report, when the verifier refuses the result.
     """
     if check:
         raise InputError("--check compares every pass with the graph before it; it is not there yet, leave it out")
-    if calibration is not None:
-        raise InputError("recipes of weights alone take no calibration data; leave --calibration out")
+    data = None if calibration is None else open_data(calibration, encode=lambda: encoder_beside(source))
     passes, emission = driver.split_settings(settings or {})
     chosen = recipes.adjusted(recipes.load(recipe), passes, skip)
     job = driver.start(target, chosen, phases, progress)
@@ -102,6 +107,8 @@ def compile(
     try:
         if max_ram is not None:
             bound(captured.graph, max_ram)
+        if data is not None:
+            driver.calibrate_with(job, data)
         report = driver.compile_to(job, captured, path, force=force)
     finally:
         captured.close()
@@ -170,6 +177,7 @@ def plan(
     if tp not in (None, 1):
         raise InputError("planning for tensor-parallel shards is not there yet; leave --tp out")
     job = driver.start(target, recipes.adjusted(recipes.load(recipe), settings or {}, skip), phases, progress)
+    job.ctx.calibration = Planned()
     captured = driver.capture(job, source, args, dynamic_shapes)
     try:
         return make_plan(job, captured)

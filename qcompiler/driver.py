@@ -14,6 +14,9 @@ import qcompiler
 from qcompiler import debug
 from qcompiler.backends import backend_of
 from qcompiler.backends.base import Backend, Captured, Progress, Silent
+from qcompiler.calibrate.cache import Cache
+from qcompiler.calibrate.calibrator import Calibrator
+from qcompiler.calibrate.data import Data
 from qcompiler.errors import BadWeights, RecipeError, RejectedError
 from qcompiler.fileio import Staged
 from qcompiler.ir import Graph
@@ -43,6 +46,7 @@ class Job:
     quality: Quality | None = None
     artifact: ArtifactInfo | None = None
     emission: Mapping[str, Any] = field(default_factory=dict)
+    calibrator: Calibrator | None = None
 
     def __post_init__(self) -> None:
         self.ctx = Context(self.target, self.phases, progress=lambda name: self.progress.stage(f"pass {name}"))
@@ -91,6 +95,18 @@ def run_recipe(job: Job, graph: Graph, passes: Sequence[Pass] | None = None) -> 
     except PassFailed as e:
         e.repro = debug.write_repro(e, last.text, debug.step_text(e.item))
         raise
+
+
+def calibrate_with(job: Job, data: Data) -> None:
+    """Let the passes of ``job`` measure activations on ``data``; what was measured before comes from the cache."""
+    job.calibrator = Calibrator(
+        data,
+        job.backend.runner,
+        cache=Cache.from_environment(),
+        told=job.progress.advance,
+        findings=job.ctx.findings,
+    )
+    job.ctx.calibration = job.calibrator
 
 
 def settle(job: Job) -> None:
@@ -208,6 +224,8 @@ def compile_to(job: Job, captured: Captured, out: Path, *, force: bool = False, 
     graph = captured.graph
     with Staged(out) as staged:
         run_recipe(job, graph)
+        if job.calibrator is not None:
+            job.notes.append(job.calibrator.summary())
         settle(job)
         writable = not any(op.name.startswith("q.") for op in graph.walk())
         if writable:

@@ -46,6 +46,10 @@ class Calibrator:
         self.findings: list[Finding] = [] if findings is None else findings
         self.used = False
         """Something was observed."""
+        self.measurements = 0
+        """How often the data ran through a graph."""
+        self.batches = 0
+        """In how many batches, the last time."""
         self.hits = 0
         """Values whose observers were filled from the cache."""
 
@@ -96,6 +100,7 @@ class Calibrator:
 
     def _run(self, graph: Graph, wanted: Wanted) -> None:
         done = 0
+        self.measurements += 1
         with self.runner(graph, list(wanted)) as run:
             for batch in self.data.batches(graph.inputs):
                 found = run(batch)
@@ -106,6 +111,16 @@ class Calibrator:
                 self.told(done, max(done, self.data.count or 0), "batches")
         if not done:
             raise CalibrationError(f"{self.data.label} holds no samples; give at least one")
+        self.batches = done
+
+    def summary(self) -> str:
+        """What was done with the data, in one clause for the report."""
+        if not self.used:
+            return f"calibration: the recipe measures no activations, so {self.data.label} was not read"
+        if not self.measurements:
+            return f"calibration: all that {self.data.label} gives was measured before and came from the cache"
+        times = "once" if self.measurements == 1 else f"{self.measurements} times"
+        return f"calibration: {self.batches} batches of {self.data.label} ran through the model {times}"
 
     def _show(self, observer: Observer, name: str, x: Array) -> None:
         try:
