@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from qcompiler.dtypes import F32
 from qcompiler.errors import RecipeError
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.pipeline import Context, Pass
+from qcompiler.requests import REQUESTABLE, request_of
 from qcompiler.rewrite import erase_dead, take_name
 from qcompiler.target import Choice, Request, Target
+from qcompiler.verify.findings import Finding
 
-Entry = Callable[[Op, Choice], Value]
+Entry = Callable[[Op, Choice], Value | Sequence[Value]]
 
 
 def entry_point(choice: Choice) -> Entry:
@@ -26,16 +27,20 @@ def entry_point(choice: Choice) -> Entry:
 
 def asked(op: Op) -> Request:
     """The request that a fused op makes of a kernel."""
-    x, codes = op.operands[0], op.operands[1]
-    assert x is not None and codes is not None
-    n, k = codes.tensor.static_shape or (0, 0)
-    activation = x.tensor.dtype if op.name == "q.linear" else op.result.tensor.dtype
-    return Request(op.name, op.attrs["scheme"], n, k, activation or F32, op.operand(4) is not None)
+    return request_of(op)
+
+
+def is_lowered(op: Op) -> bool:
+    """Ops that a kernel's node stands for. Quantizing a constant is not: that is the work of fold-constants, and a
+    dequantized one is a weight that nothing fused."""
+    first = op.operand(0)
+    folded = op.name in ("q.quantize", "q.dequantize") and first is not None and first.is_const
+    return op.name in REQUESTABLE and not folded
 
 
 @dataclass(frozen=True)
 class ChooseLayout(Pass):
-    """Lower ``q.linear`` and ``q.embedding``. ``kernel`` names the row to use; when empty, the ranks decide."""
+    """Lower every ``q.*`` op that a row serves. ``kernel`` names the row to use; when empty, the ranks decide."""
 
     name: ClassVar[str] = "choose-layout"
     kind: ClassVar[Literal["exact", "lossy", "layout"]] = "layout"
@@ -45,16 +50,17 @@ class ChooseLayout(Pass):
         target = ctx.need_target("choose-layout")
         if self.kernel:
             target.row(self.kernel)
-        for op in [o for o in graph.walk() if o.name in ("q.linear", "q.embedding")]:
-            choice = self._choose(op, target, ctx)
-            site = ctx.ledger[op.attrs["site"]] if op.attrs["site"] in ctx.ledger else None
-            if choice is None:
+        for op in [o for o in graph.walk() if is_lowered(o)]:
+            if op.erased:
                 continue
-            new = entry_point(choice)(op, choice)
-            old = op.result
-            old.replace_uses(new)
-            erase_dead(op)
-            take_name(old, new, [o for o in [new.owner] if o is not None])
+            choice = self._choose(op, target, ctx)
+            name = str(op.attrs.get("site", ""))
+            site = ctx.ledger[name] if name in ctx.ledger else None
+            if choice is None:
+                if not name:
+                    _refuse(op, target, ctx)
+                continue
+            _replace(op, entry_point(choice)(op, choice))
             if site is not None:
                 site.status, site.kernel = "fused", choice.kernels()
 
@@ -63,6 +69,24 @@ class ChooseLayout(Pass):
         if self.kernel and (row := target.row(self.kernel)).op == op.name:
             reasons = [r for p in ctx.phases for r in row.why_not(request, target.features, p.m)]
             if reasons:
-                raise RecipeError(f"choose-layout.kernel: '{op.attrs['site']}': {reasons[0].message}")
+                raise RecipeError(f"choose-layout.kernel: '{op.attrs.get('site', op.label)}': {reasons[0].message}")
             return Choice(tuple((p, row) for p in ctx.phases))
         return target.choose(request, ctx.phases)
+
+
+def _replace(op: Op, new: Value | Sequence[Value]) -> None:
+    """Put ``new`` in the place of the results of ``op``, which take its names."""
+    pairs = list(zip(op.results, [new] if isinstance(new, Value) else new, strict=True))
+    for old, value in pairs:
+        old.replace_uses(value)
+    erase_dead(op)
+    for old, value in pairs:
+        take_name(old, value, [o for o in [value.owner] if o is not None])
+
+
+def _refuse(op: Op, target: Target, ctx: Context) -> None:
+    """Say why an op that belongs to no site has no kernel: it could not be written."""
+    why = target.why_not(asked(op), ctx.phases)
+    message = f"{op.name} has no kernel on {target}"
+    for reason in why[:1]:
+        ctx.findings.append(Finding(reason.code, op.label, message, reason.message, reason.fix))

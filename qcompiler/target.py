@@ -37,7 +37,12 @@ PHASES = (DECODE, PREFILL)
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a site asks of a kernel. ``n`` output features, ``k`` reduction length (rows and columns of a table)."""
+    """What a site asks of a kernel. ``n`` output features, ``k`` reduction length (rows and columns of a table).
+
+    Where activations are codes: ``x`` is their scheme, ``y`` that of the result's codes (None: a float result), ``fn``
+    the function of a ``q.apply``. ``traits`` are words for what only some kernels do (:mod:`qcompiler.requests`), and
+    ``opset`` is the version of the model's default domain, 0 where unknown.
+    """
 
     op: str
     scheme: Scheme
@@ -45,6 +50,11 @@ class Request:
     k: int
     activation: DType
     bias: bool = False
+    x: Scheme | None = None
+    y: Scheme | None = None
+    fn: str = ""
+    traits: frozenset[str] = frozenset()
+    opset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +64,12 @@ class KernelRow:
     ``codes`` are dtype names, ``groups`` the group sizes it takes, ``zeros`` the kinds of zero point, ``needs`` the
     chip features, ``m_max`` the largest M at which it does not materialise the dequantized weight (None: any),
     ``session`` the runtime's session keys (name, value) without which the kernel is not taken.
+
+    Kernels that compute on codes of activations: ``x_codes`` and ``y_codes`` are the code types of the activation and
+    of the result (``float`` among the latter: a float result), ``x_zeros`` the kinds of zero point of the activation;
+    ``dynamic`` kernels choose the activation's parameters themselves. ``one_zero``: one zero point serves all channels.
+    ``fns``: the functions of a ``q.apply``; ``traits``: what it does beyond the plain case; ``opset``: the oldest that
+    has its node.
     """
 
     name: str
@@ -75,6 +91,14 @@ class KernelRow:
     rank: int = 0
     note: str = ""
     session: tuple[tuple[str, str], ...] = ()
+    x_codes: frozenset[str] = frozenset()
+    x_zeros: frozenset[str] = frozenset({"none", "int"})
+    y_codes: frozenset[str] = frozenset()
+    dynamic: bool = False
+    one_zero: bool = False
+    fns: frozenset[str] = frozenset()
+    traits: frozenset[str] = frozenset()
+    opset: int = 0
 
     def why_not(self, request: Request, features: frozenset[str], m: int | None = None) -> list[Reason]:
         """Every reason why this row does not serve ``request`` at M rows; empty when it does."""
@@ -83,7 +107,7 @@ class KernelRow:
         if s.dtype.name not in self.codes:
             known = ", ".join(sorted(self.codes))
             out.append(Reason("QC201", f"{self.name} takes {known} codes, not {s.dtype}", f"choose one of {known}"))
-        if s.dynamic:
+        if s.dynamic and not self.dynamic:
             out.append(Reason("QC201", f"{self.name} takes static weights, not {s}", "drop 'dynamic' for weights"))
         if s.granularity not in self.granularities:
             known = ", ".join(sorted(self.granularities))
@@ -111,6 +135,50 @@ class KernelRow:
         if m is not None and self.m_max is not None and m > self.m_max:
             message = f"{self.name} expands the whole weight above M={self.m_max}; this phase has M={m}"
             out.append(Reason("QC104", message, "use a kernel that stays fused at this M, or leave the phase out"))
+        return out + self._why_not_codes(request)
+
+    def _why_not_codes(self, request: Request) -> list[Reason]:
+        """The reasons that lie in the codes of activations and results, in traits and in the opset."""
+        out: list[Reason] = []
+        if self.fns and request.fn not in self.fns:
+            known = ", ".join(sorted(self.fns))
+            out.append(Reason("QC201", f"{self.name} computes {known}, not {request.fn}", "leave this op in float"))
+        if request.x is not None:
+            out += self._why_not_activation(request.x)
+        if self.y_codes:
+            asked = "float" if request.y is None else request.y.dtype.name
+            if asked not in self.y_codes:
+                gives = " or ".join(sorted(self.y_codes))
+                out.append(Reason("QC201", f"{self.name} gives {gives} results, not {asked}", f"ask for {gives}"))
+            if request.y is not None and (request.y.granularity != "tensor" or request.y.dynamic):
+                message = f"{self.name} quantizes its result with one constant scale, not <{request.y}>"
+                out.append(Reason("QC201", message, "quantize the result per tensor"))
+        if self.one_zero and request.scheme.granularity != "tensor" and request.scheme.zero != "none":
+            message = f"{self.name} takes one zero point for all channels, not one each"
+            out.append(Reason("QC204", message, "use 'sym' for per-channel weights"))
+        for trait in sorted(request.traits - self.traits):
+            out.append(Reason("QC203", f"{self.name} does not do this: {trait}", "leave this op in float"))
+        if 0 < request.opset < self.opset:
+            message = f"{self.name} needs opset {self.opset}, the model has {request.opset}"
+            out.append(Reason("QC207", message, f"export the model with opset {self.opset} or later"))
+        return out
+
+    def _why_not_activation(self, x: Scheme) -> list[Reason]:
+        out: list[Reason] = []
+        if x.granularity != "tensor":
+            message = f"{self.name} scales activations per tensor, not per {x.granularity}"
+            out.append(Reason("QC201", message, f"the nearest is '{x.dtype} tensor asym dynamic'"))
+        if x.dynamic != self.dynamic:
+            does, asks = ("dynamic", "static") if self.dynamic else ("static", "dynamic")
+            fix = f"make activations {does}"
+            out.append(Reason("QC201", f"{self.name} quantizes activations in the {does} way, not <{x}> ({asks})", fix))
+        if x.dtype.name not in self.x_codes:
+            known = " or ".join(sorted(self.x_codes)) or "float"
+            out.append(Reason("QC201", f"{self.name} takes {known} activations, not {x.dtype}", f"use {known}"))
+        elif x.zero not in self.x_zeros:
+            word = {"none": "without a zero point", "int": "with a zero point", "float": "with a float zero point"}
+            fix = f"use '{x.dtype} tensor {'asym' if 'int' in self.x_zeros else 'sym'}'"
+            out.append(Reason("QC204", f"{self.name} does not take activations {word[x.zero]}", fix))
         return out
 
 
@@ -131,13 +199,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Target:
-    """A backend on a chip: ``rows`` are tried in order of ``rank`` (lowest first), ``features`` are the chip's."""
+    """A backend on a chip: ``rows`` are tried in order of ``rank`` (lowest first), ``features`` are the chip's.
+
+    ``absent`` says of ops without any row why there is none, better than that there is none.
+    """
 
     name: str
     arch: str
     features: frozenset[str]
     rows: tuple[KernelRow, ...]
     dialect: str
+    absent: tuple[tuple[str, Reason], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name}:{self.arch}" if self.arch else self.name
@@ -175,9 +247,12 @@ class Target:
         if self.choose(request, phases) is not None:
             return []
         rows = self.rows_for(request.op)
+        if not rows and (told := dict(self.absent).get(request.op)) is not None:
+            return [told]
         if not rows:
             known = ", ".join(sorted({r.op for r in self.rows})) or "nothing"
             return [Reason("QC201", f"target {self} has no kernel for {request.op}; it has {known}", "skip the site")]
+        rows = [r for r in rows if request.fn in r.fns] or rows
         own = [r for r in rows if request.scheme.dtype.name in r.codes] or rows
         return min((self._row_reasons(r, request, phases) for r in own), key=len)
 

@@ -11,6 +11,8 @@ What has no row, and why:
     file cannot carry a session key.
   - ``MatMulBnb4`` (nf4): the CPU kernel expands the whole weight on each call.
   - Arm: nothing was run there.
+
+The rows of kernels that compute on codes of activations stand in :mod:`qcompiler.backends.onnx.kernels_integer`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qcompiler.backends.onnx.kernels_integer import CUDA_ABSENT, CUDA_SCALE, INTEGER_ROWS
 from qcompiler.errors import InputError
 from qcompiler.target import KernelRow, Target
 
@@ -96,6 +99,7 @@ CPU_ROWS: tuple[KernelRow, ...] = (
         rank=1,
     ),
     _table("ort-cpu/GatherBlockQuantized", activations=frozenset({"f32", "f16"}), evidence=_MEASURED),
+    *INTEGER_ROWS,
 )
 
 _INT8_ROWS = frozenset({"ort-cpu/MatMulNBits.int8", "ort-cpu/MatMulNBits.w2int8"})
@@ -156,6 +160,7 @@ CUDA_ROWS: tuple[KernelRow, ...] = (
         evidence=_REGISTERED,
         needs=frozenset({"cuda"}),
     ),
+    CUDA_SCALE,
 )
 
 CHIPS: dict[str, frozenset[str]] = {
@@ -224,5 +229,5 @@ def target(spec: str) -> Target:
             known = ", ".join(f"sm_{s}" for s in SM)
             raise InputError(f"target {spec!r}: no architecture called {arch!r}; known: {known}")
         has = {f"sm_{s}" for s in SM if s <= int(found[1])}
-        return Target(name, arch, frozenset({"cuda"} | has), CUDA_ROWS, "onnx")
+        return Target(name, arch, frozenset({"cuda"} | has), CUDA_ROWS, "onnx", CUDA_ABSENT)
     raise InputError(f"no target {spec!r} here; known: ort-cpu, ort-cuda, each with an optional :ARCH")

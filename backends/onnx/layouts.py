@@ -10,6 +10,8 @@ Layouts, as measured on ONNX Runtime 1.31:
     multiply the padding with zero activations, or cut it off.
   - *rows*: uint8 ``[N, ceil(K * bits / 8)]``, each row padded to a whole byte.
   - zeros *packed*: uint8 ``[N, ceil(G * bits / 8)]``; zeros *bytewise*: uint8 ``[N, G, 1]``, one a byte.
+  - *columns*: 8-bit codes ``[K, N]``, and *kernels*: those of a convolution as they are, ``[O, I / group, ..]``. Where
+    the kernel wants uint8, int8 codes and zero points are stored 128 higher.
 """
 
 from __future__ import annotations
@@ -153,3 +155,34 @@ def unbyte_zeros(stored: Bytes, bits: int, *, signed: bool) -> Array:
     """Inverse of :func:`byte_zeros`."""
     raw = stored[:, :, 0]
     return (raw - np.uint8(1 << (bits - 1))).view(np.int8) if signed else raw
+
+
+def higher(codes: Array) -> Bytes:
+    """int8 codes or zero points, any shape, 128 higher as uint8; uint8 ones as they are."""
+    return np.asarray(codes, order="C").view(np.uint8) ^ np.uint8(0x80) if codes.dtype == np.int8 else codes
+
+
+def lower(stored: Bytes, *, signed: bool) -> Array:
+    """Inverse of :func:`higher`."""
+    return (stored ^ np.uint8(0x80)).view(np.int8) if signed else stored
+
+
+def columns(codes: Array, *, flip: bool = False) -> Array:
+    """Codes ``[N, K]`` to ``[K, N]``, 128 higher with ``flip``: ``MatMulIntegerToFloat`` and its kin."""
+    return np.ascontiguousarray((higher(codes) if flip else codes).T)
+
+
+def uncolumns(stored: Array, *, signed: bool) -> Array:
+    """Inverse of :func:`columns`."""
+    codes = np.ascontiguousarray(stored.T)
+    return lower(codes, signed=signed) if codes.dtype == np.uint8 else codes
+
+
+def kernels(codes: Array, *, flip: bool = False) -> Array:
+    """Codes ``[O, I / group, ..]`` of a convolution as they are, 128 higher with ``flip``."""
+    return higher(codes) if flip else codes
+
+
+def unkernels(stored: Array, *, signed: bool) -> Array:
+    """Inverse of :func:`kernels`."""
+    return lower(stored, signed=signed) if stored.dtype == np.uint8 else stored

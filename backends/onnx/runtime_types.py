@@ -22,12 +22,41 @@ MEASURED_ON = ("1.31",)
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
-_TYPES = {"tensor(float)": "f32", "tensor(float16)": "f16", "tensor(bfloat16)": "bf16", "tensor(uint8)": "uint8"}
+_TYPES = {
+    "tensor(float)": "f32",
+    "tensor(double)": "f64",
+    "tensor(float16)": "f16",
+    "tensor(bfloat16)": "bf16",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+}
 _OPERANDS: dict[str, tuple[str, dict[str, str]]] = {
     "MatMulNBits": ("T1", {"T2": "uint8", "T3": "uint8"}),
     "GatherBlockQuantized": ("T2", {"T1": "uint8", "Tind": "tensor(int64)"}),
 }
 """Op -> the type variable of its activations, and what our nodes put into the others."""
+
+_CODED: dict[str, tuple[str, str]] = {
+    "QLinearMatMul": ("T1", "T2"),
+    "QLinearConv": ("T1", "T2"),
+    "ConvInteger": ("T1", "T2"),
+    "MatMulIntegerToFloat": ("T1", "T2"),
+    "QGemm": ("TA", "TB"),
+    "DynamicQuantizeMatMul": ("", "T2"),
+    "QLinearAdd": ("T", ""),
+    "QLinearMul": ("T", ""),
+    "QLinearSigmoid": ("T", ""),
+    "QLinearLeakyRelu": ("T", ""),
+    "QLinearSoftmax": ("T", ""),
+    "QLinearConcat": ("", ""),
+    "QLinearAveragePool": ("", ""),
+    "QLinearGlobalAveragePool": ("", ""),
+    "DynamicQuantizeLinear": ("T2", ""),
+    "QuantizeLinear": ("T2", ""),
+    "DequantizeLinear": ("T1", ""),
+}
+"""Op -> the type variables of the codes of its activations and of its weights; empty where it constrains none."""
+_KINDS = {"u8": "uint8", "s8": "int8"}
 
 # Run in a process of its own: with CUDA built in but its libraries absent, the call ends the process.
 _LIST = """
@@ -36,7 +65,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 ops = {ops!r}
 print(json.dumps([
     [d.provider, d.op_name, {{k: [str(t) for t in v] for k, v in d.type_constraints.items()}}]
-    for d in state.get_all_opkernel_def() if d.domain == "com.microsoft" and d.op_name in ops
+    for d in state.get_all_opkernel_def() if d.domain in ("", "com.microsoft") and d.op_name in ops
 ]))
 """
 
@@ -67,7 +96,7 @@ def installed_version() -> str | None:
 @functools.cache
 def installed_kernels() -> tuple[InstalledKernel, ...]:
     """The low-bit kernels that the installed ONNX Runtime registers; raises InputError where it does not say."""
-    script = _LIST.format(ops=sorted(_OPERANDS))
+    script = _LIST.format(ops=sorted({*_OPERANDS, *_CODED, "Mul"}))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
@@ -81,15 +110,31 @@ def installed_kernels() -> tuple[InstalledKernel, ...]:
 def _missing(row: KernelRow, version: str, kernels: Iterable[InstalledKernel]) -> list[Reason]:
     backend, _, kernel = row.name.partition("/")
     op, provider = kernel.partition(".")[0], _PROVIDERS[backend]
-    variable, others = _OPERANDS[op]
     here = [k for k in kernels if (k.provider, k.op) == (provider, op)]
     if not here:
         message = f"ONNX Runtime {version} has no {op} for {provider}"
         return [Reason("QC207", message, f"install ONNX Runtime {MEASURED_ON[-1]}")]
+    if op in _CODED:
+        return _missing_codes(row, version, op, here)
+    variable, others = _OPERANDS.get(op, ("T", {}))
     return [
         Reason("QC207", f"{op} of ONNX Runtime {version} takes no {activation} activations on {provider}")
         for activation in sorted(row.activations)
         if not any(k.takes(variable, activation) and all(k.takes(*o) for o in others.items()) for k in here)
+    ]
+
+
+def _missing_codes(row: KernelRow, version: str, op: str, here: Iterable[InstalledKernel]) -> list[Reason]:
+    """The code types that the name of a row tells of: ``u8s8``, or ``u8``; all that it takes where it tells none."""
+    word = next((w for w in row.name.split(".")[1:] if w[:2] in _KINDS), "")
+    activations = {_KINDS[word[:2]]} if word else row.x_codes or row.codes
+    weight = _KINDS.get(word[2:], "")
+    x, w = _CODED[op]
+    provider = _PROVIDERS[row.name.partition("/")[0]]
+    return [
+        Reason("QC207", f"{op} of ONNX Runtime {version} takes no {a} x {weight or a} codes on {provider}")
+        for a in sorted(activations)
+        if not any(k.takes(x, a) and (not weight or k.takes(w, weight)) for k in here)
     ]
 
 

@@ -64,9 +64,23 @@ def test_types_that_are_not_registered_are_named() -> None:
 def test_cuda_rows_need_a_runtime_with_cuda() -> None:
     only_cpu = [k for k in installed_kernels() if k.provider == "CPUExecutionProvider"]
     assert set(why_not_installed(CUDA_ROWS, MEASURED, only_cpu)) == {r.name for r in CUDA_ROWS}
-    types = {v: frozenset({"f32", "f16", "bf16", "uint8", "tensor(int64)"}) for v in ("T1", "T2", "T3", "Tind")}
-    cuda = [InstalledKernel("CUDAExecutionProvider", op, types) for op in ("MatMulNBits", "GatherBlockQuantized")]
+    types = {v: frozenset({"f32", "f16", "bf16", "uint8", "tensor(int64)"}) for v in ("T", "T1", "T2", "T3", "Tind")}
+    ops = ("MatMulNBits", "GatherBlockQuantized", "Mul")
+    cuda = [InstalledKernel("CUDAExecutionProvider", op, types) for op in ops]
     assert why_not_installed(CUDA_ROWS, MEASURED, cuda) == {}
+
+
+def test_integer_kernels_need_both_code_types() -> None:
+    """A runtime that multiplies uint8 by uint8 alone does not back the rows for int8 weights or activations."""
+    kernels = [
+        dataclasses.replace(k, types={**k.types, "T1": frozenset({"uint8"}), "T2": frozenset({"uint8"})})
+        for k in installed_kernels()
+        if k.op == "QLinearConv"
+    ]
+    reasons = why_not_installed([r for r in CPU_ROWS if "QLinearConv" in r.name], MEASURED, kernels)
+    assert set(reasons) == {"ort-cpu/QLinearConv.u8s8", "ort-cpu/QLinearConv.s8s8"}
+    (reason,) = reasons["ort-cpu/QLinearConv.u8s8"]
+    assert "takes no uint8 x int8 codes" in reason.message
 
 
 def test_without_a_runtime_each_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
