@@ -270,7 +270,7 @@ _EDGES = [
         "Mul",
         "scale",
         codes=frozenset({"int8"}),
-        activations=frozenset({"f32", "f16", "f64"}),
+        activations=frozenset({"f32", "f64"}),
         numerics="one rounding a product",
     ),
 ]
