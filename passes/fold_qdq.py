@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from qcompiler.ir import Graph, Op, Value
+from qcompiler.pairs import same_parameters
 from qcompiler.payload import ArrayPayload
 from qcompiler.pipeline import Context, Pass
-from qcompiler.rewrite import Rewriter, apply_rules, rule
-
-
-def same_value(a: Value | None, b: Value | None) -> bool:
-    """True when both are one value, or constants of the same type whose bytes are at hand and equal."""
-    if a is b:
-        return True
-    if a is None or b is None or not (a.is_const and b.is_const) or a.type != b.type:
-        return False
-    if a.payload is b.payload:
-        return True
-    if isinstance(a.payload, ArrayPayload) and isinstance(b.payload, ArrayPayload):
-        return bool(np.array_equal(a.payload.array(), b.payload.array()))
-    return False
-
-
-def same_parameters(a: Op, b: Op) -> bool:
-    """True when two Q or DQ ops have the same scheme, scale and zero point."""
-    if a.attrs.get("scheme") != b.attrs.get("scheme"):
-        return False
-    return same_value(a.operand(1), b.operand(1)) and same_value(a.operand(2), b.operand(2))
+from qcompiler.rewrite import Rewriter, apply_rules, erase_dead, rule
 
 
 @rule("q.quantize")
@@ -45,24 +25,43 @@ def fold_requantize(op: Op, rw: Rewriter) -> Value:
     return codes
 
 
-@rule("q.dequantize")
-def share_dequantize(op: Op, rw: Rewriter) -> Value:
-    """two q.dequantize of one c with one s, z  ->  the first of them"""
-    codes = op.operand(0)
-    for other in [] if codes is None else codes.users:
-        if other is op:
-            break
-        if other.name == op.name and other.graph is op.graph and same_parameters(op, other):
-            if other.attrs.get("site") == op.attrs.get("site"):
-                return other.result
-    raise rw.declined("no earlier dequantize of the same codes", quiet=True)
+def _identity(value: Value | None) -> Hashable:
+    """Equal for one value, and for constants of one type whose equal bytes are at hand."""
+    if value is None or not value.is_const or value.payload is None:
+        return value
+    if isinstance(value.payload, ArrayPayload):
+        return value.type, value.payload.array().tobytes()
+    return value.payload
+
+
+def share_equal(graph: Graph) -> int:
+    """Of two equal quantizes of one value, or dequantizes of one tensor of codes at one site, keep the first.
+
+    ``q.quantize(x, s, z), q.quantize(x, s, z)  ->  the first of them``; returns how many went.
+    """
+    gone = 0
+    for g in graph.graphs():
+        first: dict[Hashable, Op] = {}
+        for op in g:
+            if op.name not in ("q.quantize", "q.dequantize") or op.result.is_output:
+                continue
+            parameters = tuple(_identity(v) for v in (op.operand(1), op.operand(2)))
+            key = (op.name, op.operand(0), parameters, op.attrs.get("scheme"), op.attrs.get("site"))
+            kept = first.setdefault(key, op)
+            if kept is not op and kept.attrs.get("sites") == op.attrs.get("sites"):
+                op.result.replace_uses(kept.result)
+                erase_dead(op)
+                gone += 1
+    return gone
 
 
 @dataclass(frozen=True)
 class FoldQdq(Pass):
-    """Fold a quantize of what was just dequantized alike, and equal dequantizes of one tensor."""
+    """Fold a quantize of what was just dequantized alike, and equal quantizes and dequantizes of one tensor."""
 
     name: ClassVar[str] = "fold-qdq"
 
     def run(self, graph: Graph, ctx: Context) -> None:
-        apply_rules(graph, [fold_requantize, share_dequantize], log=ctx.refusals)
+        apply_rules(graph, [fold_requantize], log=ctx.refusals)
+        while share_equal(graph) and apply_rules(graph, [fold_requantize]):
+            pass

@@ -1,12 +1,21 @@
-"""Move dequantizes down through data movement, so that they stand right before what computes with their result."""
+"""Move dequantizes down and quantizes up through data movement, so that they stand next to what computes.
+
+Constants keep their groups on the way; activations, which are scaled per tensor, pass every op that only copies
+elements (:mod:`qcompiler.movement`) and leave it to run on codes. All of it is exact.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
+
 from qcompiler.ir import Graph, Op, TensorType, Value
-from qcompiler.payload import Payload, computed
+from qcompiler.movement import PERMUTE, REPEAT, SELECT, clamp, clips_codes, data_operands, movement_kind
+from qcompiler.numerics import quantize
+from qcompiler.pairs import is_activation, same_parameters, scalar_parameters
+from qcompiler.payload import Payload, computed, constant
 from qcompiler.pipeline import Context, Pass
 from qcompiler.rewrite import Rewriter, apply_rules, rule
 from qcompiler.scheme import Scheme
@@ -112,11 +121,140 @@ def _reshaped_scheme(
     return replace(scheme, axis=new_axis), (*new[:new_axis], groups, *new[new_axis + 1 :])
 
 
+# -- activations ---------------------------------------------------------------------------------------------
+
+_MOVERS = sorted(PERMUTE | REPEAT | SELECT | {"onnx.Pad", "onnx.Concat"})
+
+
+def _on_codes(rw: Rewriter, mover: Op, operands: list[Value | None], scheme: Scheme) -> list[Value]:
+    """A copy of ``mover`` before the root that reads and gives codes of ``scheme``, under its own node name."""
+    types = [TensorType(scheme.dtype, r.tensor.shape) for r in mover.results]
+    names: list[str] = []
+    for r in mover.results:
+        name = rw.graph.fresh(f"{r.name}_codes")
+        while name in names:
+            name += "_"
+        names.append(name)
+    made = rw.graph.create(
+        mover.name, operands, mover.attrs, list(zip(names, types, strict=True)), loc=mover.loc, before=rw.root
+    )
+    made.meta.update(mover.meta)
+    rw.made.append(made)
+    return made.results
+
+
+@rule(*_MOVERS)
+def sink_dequantize(op: Op, rw: Rewriter) -> list[Value]:
+    """move(q.dequantize(c, s, z))  ->  q.dequantize(move(c), s, z)   per tensor; of a Concat all, with one s and z"""
+    kind = movement_kind(op)
+    if kind is None:
+        raise rw.declined(f"'{op.label}' does not move codes", quiet=True)
+    slots = data_operands(op)
+    pairs = [rw.expect(op.operand(i), "q.dequantize") for i in slots]
+    dq = pairs[0]
+    if not all(is_activation(p) for p in pairs):
+        raise rw.declined("the dequantize of a constant or of groups", quiet=True)
+    if not all(same_parameters(dq, p) for p in pairs[1:]):
+        raise rw.declined(f"'{op.label}' joins codes of different scales", quiet=True)
+    operands = list(op.operands)
+    for i, p in zip(slots, pairs, strict=True):
+        operands[i] = p.operand(0)
+    zero = dq.operand(2)
+    if kind == "pad":
+        operands = [*operands, None, None][: max(3, len(operands))]
+        operands[2] = zero
+        while operands[-1] is None:
+            operands.pop()
+    moved = _on_codes(rw, op, operands, dq.attrs["scheme"])
+    parameters = (dq.operand(1), zero)
+    out = []
+    for codes, old in zip(moved, op.results, strict=True):
+        hint = f"{old.name}_dq"
+        moved_dq = rw.op("q.dequantize", codes, *parameters, type=old.type, hint=hint, **dq.attrs)
+        assert moved_dq.owner is not None
+        moved_dq.owner.loc = dq.loc  # the node's own name went to what moves the codes
+        out.append(moved_dq)
+    return out
+
+
+def _only_quantized(rw: Rewriter, op: Op) -> Value:
+    """The operand of a static per-tensor quantize, read by nothing but quantizes of the same parameters."""
+    x, scale = op.operand(0), op.operand(1)
+    if x is None or scale is None or x.owner is None or x.is_output or not is_activation(op) or not scale.is_const:
+        raise rw.declined("not a static quantize of an activation", quiet=True)
+    if any(u is not op and not (u.name == op.name and same_parameters(u, op)) for u in x.users):
+        raise rw.declined(f"{x!r} is read as a float too", quiet=True)
+    if x.graph is not op.graph:
+        raise rw.declined(f"{x!r} comes from an enclosing graph", quiet=True)
+    return x
+
+
+@rule("q.quantize")
+def hoist_quantize(op: Op, rw: Rewriter) -> Value:
+    """q.quantize(permute(x), s, z)  ->  permute(q.quantize(x, s, z))   where nothing reads permute(x) as a float"""
+    mover = _only_quantized(rw, op).owner
+    if mover is None or movement_kind(mover) != "permute" or mover.operand(0) is None:
+        raise rw.declined("no reordering before it", quiet=True)
+    source = mover.operands[0]
+    assert source is not None
+    scheme: Scheme = op.attrs["scheme"]
+    hint = f"{source.name}_q"
+    codes = rw.op(
+        "q.quantize",
+        source,
+        *op.operands[1:],
+        type=TensorType(scheme.dtype, source.tensor.shape),
+        hint=hint,
+        **op.attrs,
+    )
+    return _on_codes(rw, mover, [codes, *mover.operands[1:]], scheme)[0]
+
+
+@rule("q.quantize")
+def hoist_quantize_over_clamp(op: Op, rw: Rewriter) -> Value:
+    """q.quantize(clip(x, lo, hi), s, z)  ->  clip(q.quantize(x, s, z), q(lo), q(hi))
+
+    without the bounds that are the ends of the code type anyway, and without the clip where both are: a Relu before
+    codes whose zero point is the smallest code, a Clip(0, 6) before codes that end at 6 or below.
+    """
+    clamped = _only_quantized(rw, op).owner
+    bounds = None if clamped is None else clamp(clamped)
+    found = scalar_parameters(op)
+    if clamped is None or bounds is None or found is None or clamped.operand(0) is None:
+        raise rw.declined("no clamp before it", quiet=True)
+    source, scheme = clamped.operands[0], op.attrs["scheme"]
+    assert source is not None
+    ends = (scheme.dtype.qmin, scheme.dtype.qmax)
+    codes: list[int | None] = []
+    for bound, end in zip((bounds.lo, bounds.hi), ends, strict=True):
+        code = None if bound is None else int(quantize(np.asarray(bound, np.float32), *found, scheme))
+        codes.append(None if code == end else code)
+    if any(c is not None for c in codes) and not clips_codes(clamped):
+        raise rw.declined(
+            f"'{clamped.label}' clips to codes {codes}, and this opset has no Clip of codes", code="QC205"
+        )
+    element = TensorType(scheme.dtype, source.tensor.shape)
+    out = rw.op("q.quantize", source, *op.operands[1:], type=element, hint=f"{source.name}_q", **op.attrs)
+    if all(c is None for c in codes):
+        return out
+    limits = [
+        None
+        if c is None
+        else rw.const(f"{op.result.name}_{end}", constant(np.asarray(c, scheme.dtype.storage), scheme.dtype))
+        for c, end in zip(codes, ("low", "high"), strict=True)
+    ]
+    clipped = rw.op("onnx.Clip", out, *limits, type=element, hint=f"{op.result.name}_clip")
+    assert clipped.owner is not None
+    clipped.owner.loc = clamped.loc
+    return clipped
+
+
 @dataclass(frozen=True)
 class PropagateQdq(Pass):
-    """Move every dequantize of a constant through transposes and reshapes that keep its groups whole."""
+    """Move dequantizes of constants through what keeps their groups whole, pairs of activations through movement."""
 
     name: ClassVar[str] = "propagate-qdq"
 
     def run(self, graph: Graph, ctx: Context) -> None:
-        apply_rules(graph, [through_transpose, through_reshape], log=ctx.refusals)
+        rules = [sink_dequantize, through_transpose, through_reshape, hoist_quantize, hoist_quantize_over_clamp]
+        apply_rules(graph, rules, log=ctx.refusals)

@@ -367,6 +367,11 @@ class Graph:
             op._next._prev = op._prev
         self._count -= 1
 
+    def after(self, value: Value) -> Op | None:
+        """The op before which the first reader of ``value`` may stand in this graph; None for the end of it."""
+        maker = value.owner
+        return self._first if maker is None or maker.graph is not self else maker._next
+
     def move_before(self, op: Op, before: Op) -> None:
         """Move ``op`` in the order; the caller keeps it topological."""
         self._unlink(op)

@@ -1,0 +1,265 @@
+"""Put quantize/dequantize pairs on activations: before products whose weight is quantized, and where codes stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from qcompiler.calibrate.observers import RangeObserver
+from qcompiler.clipping import affine_params
+from qcompiler.dtypes import F32
+from qcompiler.errors import RecipeError
+from qcompiler.integer_spec import FUNCTIONS
+from qcompiler.ir import Graph, Op, TensorType, Use, Value
+from qcompiler.payload import constant
+from qcompiler.pipeline import Context, Pass
+from qcompiler.placement import Anchor, Group, Placement
+from qcompiler.products import Product, find_products, restore_weights
+from qcompiler.requests import request_for
+from qcompiler.scheme import Scheme
+from qcompiler.sites import matches
+from qcompiler.target import Reason, Request
+from qcompiler.verify.findings import Finding
+
+Ranges = dict[Value, tuple[float, float] | None]
+"""Least and greatest value to be held, zero included; None for what no data reached."""
+
+IN_REGION = Reason(
+    "QC305",
+    "values of a subgraph cannot be watched while calibrating, so its activation is quantized at run time",
+)
+
+
+@dataclass
+class _Work:
+    """One run of the pass: products still to be quantized, and what is known of ranges."""
+
+    graph: Graph
+    ctx: Context
+    ranges: Ranges = field(default_factory=dict)
+    unseen: set[Value] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class InsertActivationQdq(Pass):
+    """Quantize the activations of products whose weights ``insert-qdq`` has quantized, and what lies between them.
+
+    ``activations`` is per tensor, static (ranges come from the calibration data) or dynamic (from each input).
+    ``observer`` says how a range is found: ``minmax``, ``percentile`` (``percentile`` of the values on either side),
+    ``mse`` or ``entropy``. With ``matmuls``, products of two activations run on codes as well (static only). ``match``
+    and ``skip`` are globs over site names; each must match something.
+
+    Static: :mod:`qcompiler.placement` says where codes begin and end. A product in a subgraph, where ranges cannot be
+    observed, is quantized dynamically. A product that no kernel serves keeps its activation in float, and its weight
+    too unless the target has a weight-only kernel for it.
+    """
+
+    name: ClassVar[str] = "insert-activation-qdq"
+    kind: ClassVar[Literal["exact", "lossy", "layout"]] = "lossy"
+    activations: Scheme
+    observer: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
+    percentile: float = 99.99
+    matmuls: bool = False
+    match: tuple[str, ...] = ("*",)
+    skip: tuple[str, ...] = ()
+
+    def run(self, graph: Graph, ctx: Context) -> None:
+        if self.activations.granularity != "tensor" or not self.activations.dtype.is_integer:
+            raise RecipeError(
+                f"insert-activation-qdq.activations = '{self.activations.text}': activations get integer codes, with "
+                "one scale a tensor; the nearest is 'uint8 tensor asym'"
+            )
+        found = list(find_products(graph, matmuls=self.matmuls and not self.activations.dynamic))
+        self._check_globs(found)
+        static: list[Product] = []
+        dynamic: dict[Op, Product] = {}
+        at_run_time = replace(self.activations, dynamic=True)
+        for product in found:
+            inside = product.op.graph is not graph
+            scheme = at_run_time if inside else self.activations
+            if (reason := self._why_not(product, scheme, ctx)) is not None:
+                _leave(product, reason, ctx)
+            elif scheme.dynamic:
+                dynamic[product.op] = product
+                if not self.activations.dynamic:
+                    ctx.findings.append(_info(product, IN_REGION))
+            else:
+                static.append(product)
+        _insert_dynamic(dynamic.values(), at_run_time)
+        if static:
+            self._insert_static(_Work(graph, ctx), static)
+
+    def _check_globs(self, found: list[Product]) -> None:
+        names = ", ".join(p.site for p in found[:6]) + (", ..." if len(found) > 6 else "")
+        for key, globs in (("match", self.match), ("skip", self.skip)):
+            for glob in globs:
+                if glob != "*" and not any(matches(p.site, [glob]) for p in found):
+                    has = f"sites are: {names}" if found else "no product of the model has a quantized weight"
+                    raise RecipeError(f"QC402: insert-activation-qdq.{key} = {glob!r} matched nothing; {has}")
+
+    def _why_not(self, product: Product, scheme: Scheme, ctx: Context) -> Reason | None:
+        """Why the activations of ``product`` stay float; None when they do not."""
+        if (glob := matches(product.site, self.skip)) is not None:
+            return Reason("", f"skipped by the recipe (skip = {glob!r})")
+        if matches(product.site, self.match) is None:
+            return Reason("", "not matched by the recipe")
+        if product.reason is not None:
+            return product.reason
+        if product.element is not F32:
+            fix = "export the model in f32"
+            return Reason("QC201", f"its activation is {product.element}, and integer kernels take f32", fix)
+        if ctx.target is None:
+            return None
+        return next(iter(ctx.target.why_not(product.request(scheme), ctx.phases)), None)
+
+    # -- static ----------------------------------------------------------------------------------------------
+
+    def _insert_static(self, work: _Work, products: list[Product]) -> None:
+        while True:
+            anchors = [Anchor(p.op, p.slots, p.site, makes_codes=p.kind == "conv") for p in products]
+            placement = Placement(work.graph, anchors, lambda op: self._capable(op, work))
+            self._observe(work, [v for g in placement.groups for v in g.points])
+            blind = [g for g in placement.groups if not any(work.ranges[v] for v in g.points)]
+            if not blind:
+                break
+            products = self._without(blind, products, work)
+        for group in placement.groups:
+            self._place(group, work)
+
+    def _capable(self, op: Op, work: _Work) -> bool:
+        """True where the target has an integer kernel for ``op`` as it stands."""
+        fn = op.name.removeprefix("onnx.")
+        if fn not in FUNCTIONS or not op.name.startswith("onnx.") or op.operand(0) is None or len(op.results) != 1:
+            return False
+        slots = range(len(op.operands)) if fn in ("Add", "Mul", "Concat") else range(1)
+        values = [op.operand(i) for i in slots]
+        if any(v is None or v.tensor.dtype not in (None, F32) or v in work.unseen for v in (*values, op.result)):
+            return False
+        attrs = {"fn": fn, "x_scheme": self.activations, "y_scheme": self.activations, **op.attrs}
+        target = work.ctx.target
+        return target is None or not target.why_not(request_for("q.apply", values[:1], attrs), work.ctx.phases)
+
+    def _observe(self, work: _Work, points: Iterable[Value]) -> None:
+        """Learn the ranges of ``points`` that are not known yet."""
+        watched: dict[str, RangeObserver] = {}
+        for value in dict.fromkeys(points):
+            if value in work.ranges:
+                continue
+            if value.is_const and value.payload is not None:
+                stored = value.payload.array()
+                ends = (min(float(stored.min()), 0.0), max(float(stored.max()), 0.0)) if stored.size else (0.0, 0.0)
+                work.ranges[value] = ends
+            else:
+                watched[value.name] = RangeObserver(self.observer, self.percentile)
+        if not watched:
+            return
+        calibration = work.ctx.need_calibration("insert-activation-qdq")
+        calibration.observe(work.graph, {name: [o] for name, o in watched.items()})
+        for name, observer in watched.items():
+            known = work.graph.local(name)
+            assert known is not None
+            work.ranges[known] = observer.range(self.activations) if observer.seen else None
+
+    def _without(self, blind: list[Group], products: list[Product], work: _Work) -> list[Product]:
+        """The products that touch no group without a range; the others stay float, with the reason."""
+        sites = {site for g in blind for site in g.anchors}
+        for group in blind:
+            if not group.anchors:  # between two capable ops
+                work.unseen.update(group.points)
+        for product in products:
+            if product.site in sites:
+                fix = "calibrate with data that reaches it"
+                _leave(
+                    product, Reason("QC305", "no calibration data reached its activation or its result", fix), work.ctx
+                )
+        return [p for p in products if p.site not in sites]
+
+    def _place(self, group: Group, work: _Work) -> None:
+        """x  ->  q.dequantize(q.quantize(x, s, z), s, z)   with one s and z for the group"""
+        known = [r for r in (work.ranges[v] for v in group.points) if r is not None]
+        lo, hi = min(r[0] for r in known), max(r[1] for r in known)
+        scale, zero = affine_params(np.asarray(lo), np.asarray(hi), self.activations, F32)
+        hint = next(iter((*group.every, *group.some))).name
+        home = work.graph
+        parameters: list[Value | None] = [home.add_const(home.fresh(f"{hint}_scale"), constant(np.asarray(scale)))]
+        if zero is not None:
+            payload = constant(np.asarray(zero), self.activations.dtype)
+            parameters.append(home.add_const(home.fresh(f"{hint}_zero"), payload))
+        for value in group.every:
+            _put_pair(value, parameters, self.activations, list(value.uses))
+        for value, uses in group.some.items():
+            _put_pair(value, parameters, self.activations, uses)
+
+
+def _put_pair(value: Value, parameters: list[Value | None], scheme: Scheme, uses: Iterable[Use]) -> None:
+    """A pair right behind the definition of ``value``, read by ``uses``; the name of an output goes along."""
+    home = value.graph
+    before = home.after(value)
+    codes_type = TensorType(scheme.dtype, value.tensor.shape)
+    codes_name = home.fresh(f"{value.name}_codes")
+    codes = home.create(
+        "q.quantize", [value, *parameters], {"scheme": scheme}, [(codes_name, codes_type)], before=before
+    )
+    float_type = TensorType(value.tensor.dtype or F32, value.tensor.shape)
+    dequantized = home.create(
+        "q.dequantize",
+        [codes.result, *parameters],
+        {"scheme": scheme},
+        [(home.fresh(f"{value.name}_dq"), float_type)],
+        before=before,
+    )
+    value.replace_uses(dequantized.result, uses)
+    if dequantized.result.is_output:
+        name = value.name
+        home.rename(value, home.fresh(f"{name}_float"))
+        home.rename(dequantized.result, name)
+
+
+def _insert_dynamic(products: Iterable[Product], scheme: Scheme) -> None:
+    """x  ->  q.dequantize(q.quantize(x, s, z), s, z)   with s, z = q.choose_qparams(x), once for all readers of x"""
+    made: dict[tuple[Graph, Value], Value] = {}
+    for product in products:
+        home = product.op.graph
+        for slot, value in zip(product.slots, product.inputs, strict=True):
+            key = (home, value)
+            if key not in made:
+                made[key] = _dynamic_pair(product.op, value, scheme)
+            product.op.set_operand(slot, made[key])
+
+
+def _dynamic_pair(op: Op, value: Value, scheme: Scheme) -> Value:
+    """The pair before ``op``, the first reader of ``value``."""
+    home = op.graph
+    results = [(home.fresh(f"{value.name}_scale"), TensorType(F32, ()))]
+    if not scheme.symmetric:
+        results.append((home.fresh(f"{value.name}_zero"), TensorType(scheme.dtype, ())))
+    chosen = home.create("q.choose_qparams", [value], {"scheme": scheme}, results, before=op)
+    codes_type = TensorType(scheme.dtype, value.tensor.shape)
+    name = home.fresh(f"{value.name}_codes")
+    codes = home.create("q.quantize", [value, *chosen.results], {"scheme": scheme}, [(name, codes_type)], before=op)
+    float_type = TensorType(value.tensor.dtype or F32, value.tensor.shape)
+    name = home.fresh(f"{value.name}_dq")
+    operands = [codes.result, *chosen.results]
+    return home.create("q.dequantize", operands, {"scheme": scheme}, [(name, float_type)], before=op).result
+
+
+def _leave(product: Product, reason: Reason, ctx: Context) -> None:
+    """Keep the activations of ``product`` in float, and its weight as well where only an integer kernel takes it."""
+    if not product.weights:
+        return
+    if product.kind == "linear" and product.scheme is not None and product.reason is None:
+        alone = Request("q.linear", product.scheme.with_axis(1), product.n, product.k, product.element, product.bias)
+        if ctx.target is None or ctx.target.choose(alone, ctx.phases) is not None:
+            ctx.findings.append(_info(product, reason))
+            return
+    if restore_weights(product) and product.site in ctx.ledger:
+        ctx.ledger.skip(product.site, reason.message)
+        ctx.ledger[product.site].scheme = ""
+
+
+def _info(product: Product, reason: Reason) -> Finding:
+    message = f"the activation of {product.op.name} '{product.op.label}' has no static codes"
+    return Finding(reason.code or "QC401", product.site, message, reason.message, reason.fix, severity="info")
