@@ -77,6 +77,7 @@ class SmoothQuant(Pass):
         names: dict[Op, str] = {}
         groups = find_groups(self._linears(graph, ctx, names))
         if not groups:
+            ctx.notes.append("smoothquant: there is no linear layer to smooth")
             return
         calibration = ctx.need_calibration("smoothquant")
         if not calibration.measured:  # planning: how far to smooth depends on the data, and no kernel on how far

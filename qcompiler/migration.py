@@ -138,7 +138,8 @@ def why_not_rescaled(lin: LinearView, members: set[Op]) -> str | None:
         return f"its input is {lin.x.tensor.dtype}, not f32"
     for reader in _weight_readers(weight):
         if reader not in members:
-            return f"its weight {weight!r} is tied: {reader} reads it too"
+            who = reader if isinstance(reader, str) else f"{reader.name} '{reader.label}'"
+            return f"its weight {weight!r} is tied: {who} reads it too"
     return None
 
 
@@ -166,7 +167,7 @@ def fold(group: Group) -> list[Edit]:
 def _fold(value: Value, k: int) -> list[Edit]:
     op = value.owner
     if op is None:
-        raise Declined(f"{value!r} is computed by nothing")
+        raise Declined(f"{value!r} comes from outside the graph, and nothing before it takes a factor")
     if op.name in MULTIPLY:
         return _through_product(op, k)
     if op.name in ADD:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qcompiler import recipe
 from qcompiler.backends.onnx import kernels
+from qcompiler.backends.onnx.running import running
+from qcompiler.calibrate.calibrator import Calibrator
+from qcompiler.calibrate.data import open_data
+from qcompiler.ir import Graph
 from qcompiler.pipeline import Context, run
 from qcompiler.reader import parse
 from qcompiler.spec import check
@@ -23,13 +28,24 @@ def header(text: str, key: str) -> str | None:
     return None if found is None else found[1]
 
 
+def calibration(graph: Graph, text: str) -> Calibrator | None:
+    """``# calibration: normal SEED``: four batches of standard normal inputs, symbolic sizes being 6."""
+    kind = header(text, "calibration")
+    if kind is None:
+        return None
+    rng = np.random.default_rng(int(kind.removeprefix("normal ")))
+    shapes = {v.name: [d if isinstance(d, int) else 6 for d in v.tensor.shape or ()] for v in graph.inputs}
+    batches = [{n: rng.standard_normal(s, dtype=np.float32) for n, s in shapes.items()} for _ in range(4)]
+    return Calibrator(open_data(batches), running)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda p: p.stem)
 def test_case(case: Path, golden: Golden) -> None:
     text = case.read_text()
     target, steps = header(text, "target"), header(text, "recipe")
     assert steps is not None
     graph = parse(text)
-    ctx = Context(None if target is None else kernels.target(target))
+    ctx = Context(None if target is None else kernels.target(target), calibration=calibration(graph, text))
     run(graph, recipe.parse_line(steps).passes, ctx)
     check(graph)
     out = show(graph)
@@ -40,4 +56,5 @@ def test_case(case: Path, golden: Golden) -> None:
     refusals = [
         f"# refused {r.rule} {r.site or r.op}: {r.reason.code} {r.reason.message}".rstrip() for r in ctx.refusals
     ]
-    golden(f"passes/{case.name}", "\n".join([*(line.rstrip() for line in (*sites, *refusals)), out]))
+    notes = [f"# note {note}" for note in ctx.notes]
+    golden(f"passes/{case.name}", "\n".join([*(line.rstrip() for line in (*sites, *refusals, *notes)), out]))
