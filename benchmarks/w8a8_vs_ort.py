@@ -87,10 +87,13 @@ def make(name: str, tool: str, kind: str, source: Path, out: Path, samples: int)
 
 def made(name: str, tool: str, kind: str, source: Path, out: Path, samples: int) -> dict[str, Any]:
     """Run :func:`make` in a subprocess: seconds, peak MiB, and what it said where it failed."""
-    command = [sys.executable, __file__, "--make", name, tool, kind, str(source), str(out), str(samples)]
+    script = str(Path(__file__).resolve())
+    command = [sys.executable, script, "--make", name, tool, kind, str(source), str(out), str(samples)]
     start, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"QCOMPILER_CACHE": "off"})
+        # the peer's preprocessing leaves files in the working directory
+        environment = os.environ | {"QCOMPILER_CACHE": "off"}
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=out.parent)
         watched = psutil.Process(child.pid)
         while child.poll() is None:
             peak = max(peak, private_bytes(watched))
@@ -254,7 +257,7 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.models:
-            folder = (args.keep or Path(scratch)) / name
+            folder = (args.keep or Path(scratch)).resolve() / name
             folder.mkdir(parents=True, exist_ok=True)
             results.append(measure(model(name), folder, args.samples, args.held, args.rounds))
             print(table(results[-1:]), flush=True)
