@@ -72,12 +72,12 @@ class Builder:
     def code(self, element: DType, value: int) -> Value:
         """One code, rank 0; the same constant for all that ask."""
         root, key = self.op.graph.root, f"{element}_{value}"
-        found = root.meta.get(CODE, {}).get(key)
+        found = dict(root.meta.get(CODE, ())).get(key)
         known = None if found is None else root.local(found)
         if known is not None and known.is_const:
             return known
         made = root.add_const(root.fresh(key), constant(value, element))
-        root.meta[CODE] = {**root.meta.get(CODE, {}), key: made.name}
+        root.meta[CODE] = (*root.meta.get(CODE, ()), (key, made.name))
         return made
 
     def zero(self, index: int, scheme: Scheme) -> Value:
