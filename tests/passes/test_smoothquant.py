@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompiler import migration, smoothing
+from qcompiler import migration, recipe, smoothing
 from qcompiler.backends.onnx.running import running
 from qcompiler.calibrate.calibrator import Calibrator, Planned
 from qcompiler.calibrate.data import open_data
@@ -281,3 +281,10 @@ def test_a_scalar_factor_is_passed() -> None:
     """)
     group = migration.find_groups([as_linear(op) for op in graph if op.name in LINEAR_OPS])[-1]
     assert [(e.op.results[0].name, e.slot, e.axis) for e in migration.fold(group)] == [("a", 1, 1)]
+
+
+def test_the_recipe_is_w8a8_with_one_pass_more() -> None:
+    with_smoothing = recipe.load("w8a8-smooth").passes
+    assert [p for p in with_smoothing if not isinstance(p, SmoothQuant)] == list(recipe.load("w8a8").passes)
+    at = [p.name for p in with_smoothing].index("smoothquant")
+    assert at < [p.name for p in with_smoothing].index("insert-qdq")
