@@ -1,10 +1,14 @@
 """Options and fixtures for every test."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.support import GOLDEN, Golden, compare_golden, require_data
+
+
+os.environ["QCOMPILER_CACHE"] = "off"  # also of the processes that tests start: no test reads what another run left
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -32,6 +32,7 @@ class Data:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self._digest: str | None = None
         self.count: int | None = None
         """Batches of the last complete walk."""
 
@@ -49,8 +50,10 @@ class Data:
         self.count = count
 
     def digest(self) -> str:
-        """Hex digest of the data."""
-        return self.source.digest()
+        """Hex digest of the data, taken once."""
+        if self._digest is None:
+            self._digest = self.source.digest()
+        return self._digest
 
 
 def open_data(given: Any, *, encode: Callable[[], Encode] | None = None, windows: int | None = WINDOWS) -> Data:

@@ -265,7 +265,6 @@ class ObjectSource(Source):
 
     def __init__(self, given: Any, label: str) -> None:
         self.given, self.label = given, label
-        self._digest: str | None = None
         if not callable(given):
             self.given = self._walkable(given)
             self.columns = isinstance(self.given, Mapping)
@@ -317,19 +316,15 @@ class ObjectSource(Source):
             yield sample
 
     def digest(self) -> str:
-        """Digest of every sample, which walks through all of them; remembered for what cannot change."""
-        if self._digest is None:
-            sha = hashlib.sha256()
-            for sample in self._each(self._called()):
-                for name in sorted(sample, key=str):
-                    array = as_array(sample[name], f"{self.label}: input {name}")
-                    sha.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-                    text = array.dtype.hasobject
-                    sha.update(repr(array.tolist()).encode() if text else np.ascontiguousarray(array).data)
-            if isinstance(self.given, Spool):
-                self._digest = sha.hexdigest()
-            return sha.hexdigest()
-        return self._digest
+        """Digest of every sample, which walks through all of them."""
+        sha = hashlib.sha256()
+        for sample in self._each(self._called()):
+            for name in sorted(sample, key=str):
+                array = as_array(sample[name], f"{self.label}: input {name}")
+                sha.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+                text = array.dtype.hasobject
+                sha.update(repr(array.tolist()).encode() if text else np.ascontiguousarray(array).data)
+        return sha.hexdigest()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 from qcompiler.calibrate.histogram import Histogram, pieces
 from qcompiler.calibrate.ranges import entropy_range, mse_range, percentile_range
 from qcompiler.dtypes import Array
-from qcompiler.errors import RecipeError
+from qcompiler.errors import CalibrationError, RecipeError
 from qcompiler.scheme import Scheme
 
 Method = Literal["minmax", "percentile", "mse", "entropy"]
@@ -125,7 +125,7 @@ class ChannelObserver:
         return out
 
     def update(self, x: Array) -> None:
-        x = np.asarray(x)
+        x = np.atleast_1d(np.asarray(x))
         for _ in pieces(x):
             pass  # refuses what is no number
         rest = tuple(i for i in range(x.ndim) if i != self.axis % x.ndim)
@@ -135,7 +135,7 @@ class ChannelObserver:
         lo, hi = x.min(axis=rest).astype(wide), x.max(axis=rest).astype(wide)
         if self.seen:
             if lo.shape != self.lo.shape:
-                raise ValueError(f"{lo.size} channels along axis {self.axis}, and {self.lo.size} before")
+                raise CalibrationError(f"has {lo.size} channels along axis {self.axis}, and {self.lo.size} before")
             lo, hi = np.minimum(self.lo, lo), np.maximum(self.hi, hi)
         self.lo, self.hi = lo, hi
         self.seen += x.size
@@ -186,7 +186,7 @@ class RowSample:
         keys = self._rng.random(len(flat))
         if len(self.rows):
             if flat.shape[1] != self.rows.shape[1]:
-                raise ValueError(f"rows of {flat.shape[1]} values, and of {self.rows.shape[1]} before")
+                raise CalibrationError(f"has rows of {flat.shape[1]} values, and of {self.rows.shape[1]} before")
         bar = self._keys.max() if len(self._keys) >= self.limit else math.inf
         chosen = np.flatnonzero(keys < bar)
         if len(chosen) > self.limit:

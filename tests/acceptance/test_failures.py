@@ -141,7 +141,7 @@ FAULTS: dict[str, tuple[Case, str]] = {
     "OUT in no folder": (out_is(lambda t: t / "none" / "out.onnx"), "none"),
     "OUT of another kind": (out_is(lambda t: t / "out.pt2"), ".onnx"),
     "too little memory": (plain("--max-ram", "1MiB"), "raise --max-ram"),
-    "calibration for weights alone": (plain("--calibration", "data.npz"), "no calibration"),
+    "calibration data that is not there": (plain("--calibration", "data.npz"), "there is no file data.npz"),
 }
 
 
