@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from qcompiler.calibrate.calibrator import Run
+from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, Value
 from qcompiler.report.model import Quality
 from qcompiler.sites import Site
 from qcompiler.target import Phase, Target
@@ -124,6 +125,58 @@ class Timed(ABC):
         """End the process."""
 
 
+@dataclass(frozen=True)
+class Output:
+    """A float output of a model: its name, its rank and the size of its last axis where they are known."""
+
+    name: str
+    rank: int | None
+    last: int | None
+
+
+class PairSite(Protocol):
+    """A site of the compiled model and the tensor of the reference that it computes, or why there is none."""
+
+    name: str
+    op: str
+    reason: str
+
+    @property
+    def tensor(self) -> str: ...
+
+
+class Pair(ABC):
+    """A float model and a compiled one, open in their runtime, to be run on the same inputs."""
+
+    inputs: Sequence[Value]
+    """Those of the reference."""
+    outputs: Sequence[Output]
+    """The float outputs that both have, under the reference's names."""
+    left_out: Sequence[str]
+    """Outputs that are no floats."""
+    ids: Value | None
+    """The input of token ids, where there is one; ``vocabulary`` is how many rows the table has that it looks into."""
+    vocabulary: int
+    sites: Sequence[PairSite]
+    notes: list[str]
+
+    @abstractmethod
+    def run(self, feed: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Outputs of the reference and of the compiled model by name, alike in shape; raises InputError."""
+
+    @abstractmethod
+    def run_reference(self, feed: Mapping[str, Array], output: str) -> Array:
+        """One output of the reference."""
+
+    @abstractmethod
+    def run_sites(self, feed: Mapping[str, Array]) -> Iterator[tuple[int, Array, Array]]:
+        """Index of a site, what the reference computes there, what the compiled model does, in floats."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of both models."""
+
+
 class Backend(ABC):
     """A runtime that a target belongs to."""
 
@@ -193,8 +246,12 @@ class Backend(ABC):
         """Package name -> version, for the report."""
 
     def timed(self, path: Path, threads: int, dims: Mapping[str, int], folder: Path) -> Timed:
-        """The file opened in a process of its own; ``dims`` fixes open dimensions by name, ``folder`` is for scratch."""
+        """The file opened in its own process; ``dims`` fixes open dimensions by name, ``folder`` is for scratch."""
         raise InputError(f"no runtime here times a {self.suffix} file; give an .onnx file")
+
+    def paired(self, reference: Path, artifact: Path, *, per_site: bool) -> Pair:
+        """Both files opened to be compared, ``per_site`` inside too. Raises InputError where they do not match."""
+        raise InputError(f"no runtime here compares {self.suffix} files; give .onnx files")
 
     @abstractmethod
     def open(self, path: Path, target: Target) -> Any:

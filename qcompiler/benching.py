@@ -1,4 +1,4 @@
-"""CaseTiming several files against each other: taking turns in random order, ratios round by round, spread beside median.
+"""Several files timed against each other: turns in random order, ratios round by round, the spread beside the median.
 
 Each file lives in a process of its own, so its peak memory is its own; the processes take turns and a turn ends when
 its process is idle, so two never compete for the processor. Within a round every file is timed once, in an order drawn

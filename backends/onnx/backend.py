@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from qcompiler.backends.base import Backend, Captured, Judged, Progress, Timed, Written
+from qcompiler.backends.base import Backend, Captured, Judged, Pair, Progress, Timed, Written
 from qcompiler.backends.onnx import capture as capturing
 from qcompiler.backends.onnx import kernels
 from qcompiler.backends.onnx.emit import emit_onnx
@@ -129,6 +129,11 @@ class OrtBackend(Backend):
         from qcompiler.backends.onnx.timing import OrtTimed
 
         return OrtTimed(path, threads, dims, folder)
+
+    def paired(self, reference: Path, artifact: Path, *, per_site: bool) -> Pair:
+        from qcompiler.backends.onnx.pairing import OrtPair
+
+        return OrtPair(reference, artifact, per_site=per_site)
 
     def open(self, path: Path, target: Target) -> Any:
         import onnxruntime as ort

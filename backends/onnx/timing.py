@@ -1,4 +1,4 @@
-"""One .onnx file in a process of its own, ready to be timed: :class:`qcompiler.backends.base.Timed` for ONNX Runtime."""
+"""One .onnx file in a process of its own, ready to be timed: :class:`qcompiler.backends.base.Timed` in ONNX Runtime."""
 
 from __future__ import annotations
 
