@@ -29,7 +29,7 @@ from qcompiler.views import (
 from qcompiler.weights import WeightQuantization
 
 QUANTIZED_OPS = re.compile(
-    r"q\.|.*(QuantizeLinear|DequantizeLinear|QLinear\w+|MatMulInteger\w*|DynamicQuantize\w+|MatMulNBits|MatMulBnb4"
+    r"q\.(?!scale\Z)|.*(QuantizeLinear|DequantizeLinear|QLinear\w+|MatMulInteger\w*|DynamicQuantize\w+|MatMulNBits|MatMulBnb4"
     r"|QGemm|QMoE|QAttention|GatherBlockQuantized|ConvInteger|Quant|BipolarQuant)\Z|quantized_decomposed\.|torchao\."
 )
 View = LinearView | EmbeddingView | ConvView | ProductView
