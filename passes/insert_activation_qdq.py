@@ -14,6 +14,7 @@ from qcompiler.dtypes import F32
 from qcompiler.errors import RecipeError
 from qcompiler.integer_spec import FUNCTIONS
 from qcompiler.ir import Graph, Op, TensorType, Use, Value
+from qcompiler.movement import clamp, movement_kind
 from qcompiler.payload import constant
 from qcompiler.pipeline import Context, Pass
 from qcompiler.placement import Anchor, Group, Placement
@@ -161,7 +162,7 @@ class InsertActivationQdq(Pass):
         for name, observer in watched.items():
             known = work.graph.local(name)
             assert known is not None
-            work.ranges[known] = observer.range(self.activations) if observer.seen else None
+            work.ranges[known] = _clamped(known, *observer.range(self.activations)) if observer.seen else None
 
     def _without(self, blind: list[Group], products: list[Product], work: _Work) -> list[Product]:
         """The products that touch no group without a range; the others stay float, with the reason."""
@@ -192,6 +193,19 @@ class InsertActivationQdq(Pass):
             _put_pair(value, parameters, self.activations, list(value.uses))
         for value, uses in group.some.items():
             _put_pair(value, parameters, self.activations, uses)
+
+
+def _clamped(value: Value, lo: float, hi: float) -> tuple[float, float]:
+    """The range without what a Relu or Clip right before ``value``, or before its movement, cuts off."""
+    maker = value.owner
+    while maker is not None and movement_kind(maker) in ("permute", "repeat", "select"):
+        source = maker.operand(0)
+        maker = None if source is None else source.owner
+    bounds = None if maker is None else clamp(maker)
+    if bounds is not None:
+        lo = lo if bounds.lo is None else min(max(lo, bounds.lo), 0.0)
+        hi = hi if bounds.hi is None else max(min(hi, bounds.hi), 0.0)
+    return lo, hi
 
 
 def _put_pair(value: Value, parameters: list[Value | None], scheme: Scheme, uses: Iterable[Use]) -> None:
