@@ -167,7 +167,8 @@ def fuse_result_codes(op: Op, rw: Rewriter) -> Value:
 def fuse_dequant_into_conv(op: Op, rw: Rewriter) -> Value:
     """q.quantize(conv(x, w, b), t, u)  ->  q.conv(c, s, z, wc, ws, wz, b, t, u)   of x = q.dequantize(c, s, z), w alike
 
-    and, where s and z are chosen from x at run time,  conv(..)  ->  q.conv_dyn(x, wc, ws, wz, b).
+    without t and u where the result is read as a float; and, where s and z are chosen from x at run time,
+    conv(..)  ->  q.conv_dyn(x, wc, ws, wz, b).
     """
     view = rw.view(as_conv)
     weight = rw.expect(view.weight, "q.dequantize")
@@ -186,10 +187,7 @@ def fuse_dequant_into_conv(op: Op, rw: Rewriter) -> Value:
         return _make(rw, "q.conv_dyn", [_dynamic(rw, view.x)[0], *weights], view.result, attrs)
     y = _result(op)
     if y is None:
-        message = (
-            f"the result of '{op.label}' is not quantized by one constant scale, and no integer kernel gives floats"
-        )
-        raise rw.declined(message, code="QC201", fix="quantize the result of the convolution too")
+        return _make(rw, "q.conv", [*_static(rw, view.x)[:3], *weights], view.result, attrs)
     return _make_codes(rw, "q.conv", [*_static(rw, view.x)[:3], *weights], view.result, attrs, y)
 
 

@@ -108,7 +108,7 @@ def _conv(op: Op, x: Value, first: int) -> None:
 
 def _conv_static(op: Op) -> None:
     _conv(op, _activation(op, 0, _static(op, "x_scheme")), 3)
-    _result(op, 7, optional=False)
+    _result(op, 7, optional=True)
 
 
 def _conv_dyn(op: Op) -> None:

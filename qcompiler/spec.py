@@ -9,7 +9,7 @@ The canonical forms (scales and zeros broadcast over their group; ``value = (cod
     q.choose_qparams(x) {scheme} -> s, z?           q.scale(x[.., K], factors[K]) -> float
     q.linear_static(xq, xs, xz?, wq[N, K], ws, wz?, bias[N]?, ys?, yz?) {scheme, x_scheme, y_scheme?, site}
     q.linear_dyn(x, wq[N, K], ws, wz?, bias[N]?) {scheme, x_scheme, site} -> float
-    q.conv(xq, xs, xz?, wq[O, I/g, ..], ws, wz?, bias[O]?, ys, yz?) {scheme, x_scheme, y_scheme, site, strides, ...}
+    q.conv(xq, xs, xz?, wq[O, I/g, ..], ws, wz?, bias[O]?, ys?, yz?) {scheme, x_scheme, y_scheme?, site, strides, ...}
     q.conv_dyn(x, wq, ws, wz?, bias[O]?) {scheme, x_scheme, site, strides, ...} -> float
     q.matmul(aq, as, az?, bq, bs, bz?, ys?, yz?) {a_scheme, b_scheme, y_scheme?, site}
     q.apply(c, s, z?, [c, s, z?] .., ys, yz?) {fn, x_scheme, y_scheme, ...} -> codes

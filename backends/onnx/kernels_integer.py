@@ -166,6 +166,25 @@ def _conv_dynamic(kind: str) -> KernelRow:
     )
 
 
+def _conv_float(kind: str) -> KernelRow:
+    """As :func:`_conv_dynamic`, for uint8 activations with constant parameters and a float result."""
+    return _row(
+        "q.conv",
+        f"ConvInteger.{kind}.static",
+        kind,
+        codes=frozenset({_NAMES[kind[-2]]}),
+        entry=_MODULE + "conv:conv_integer_static",
+        layout=_LAYOUT + "kernels",
+        needs=_X86,
+        note="",
+        y_codes=frozenset({"float"}),
+        one_zero=True,
+        numerics=_FLOAT,
+        opset=11,
+        rank=10,
+    )
+
+
 def _products(kind: str, rank: int) -> list[KernelRow]:
     """``q.matmul``. A constant on the left is turned into uint8 where the right is; see the layout."""
     entry, activation = _MODULE + "integer:", _NAMES[kind[0]]
@@ -280,6 +299,7 @@ INTEGER_ROWS: tuple[KernelRow, ...] = (
     *(r for rank, kind in enumerate(KINDS[:2]) for r in _dynamic(kind, 2 * rank)),
     *(r for rank, kind in enumerate(KINDS) for r in _conv(kind, rank)),
     *(_conv_dynamic(kind) for kind in KINDS[:2]),
+    *(_conv_float(kind) for kind in KINDS[:2]),
     *(r for rank, kind in enumerate(KINDS) for r in _products(kind, rank)),
     *(_apply(fn, activation) for fn in _APPLY for activation in "us"),
     *_EDGES,

@@ -6,6 +6,8 @@ and its bias in int32. ``ConvInteger`` gives int32 sums, which are scaled and bi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from qcompiler.backends.onnx import layouts
@@ -13,6 +15,7 @@ from qcompiler.backends.onnx.building import Builder
 from qcompiler.backends.onnx.lower_pointwise import dynamic_codes
 from qcompiler.dtypes import F32, INT32, UINT8, Array
 from qcompiler.ir import Attr, Op, TensorType, Value
+from qcompiler.payload import Payload, computed
 from qcompiler.requests import opset_of_graph
 from qcompiler.scheme import Scheme
 from qcompiler.target import Choice
@@ -52,23 +55,48 @@ def qlinear_conv(op: Op, choice: Choice) -> Value:
 def conv_integer(op: Op, choice: Choice) -> Value:
     """q.conv_dyn(x, ..)  ->  DynamicQuantizeLinear(x), ConvInteger, Cast, Mul by both scales, Add of the bias"""
     b = Builder(op, choice)
-    codes = b.payload(1, "codes")
-    axes = len(codes.shape) - 2
     x, x_scale, x_zero = dynamic_codes(b, b.at(0))
-    zero = b.weight_zero(3, op.attrs["scheme"], (), explicit=False)
-    sums = b.step("onnx.ConvInteger", [x, _codes(b, 1), x_zero, zero], "", b.like(INT32), _attrs(op))
+    return _scaled_sums(b, 1, x, x_zero, x_scale)
+
+
+def conv_integer_static(op: Op, choice: Choice) -> Value:
+    """q.conv(x, ..) with a float result  ->  ConvInteger, Cast, Mul by both scales, Add of the bias"""
+    b = Builder(op, choice)
+    return _scaled_sums(b, 3, b.at(0), b.zero(2, op.attrs["x_scheme"]), b.at(1))
+
+
+def _scaled_sums(b: Builder, first: int, x: Value, x_zero: Value, x_scale: Value) -> Value:
+    """The convolution of codes ``x`` with those in operand ``first``, which their scale, zero point and bias follow."""
+    codes = b.payload(first, "codes")
+    axes = len(codes.shape) - 2
+    zero = b.weight_zero(first + 2, b.op.attrs["scheme"], (), explicit=False)
+    sums = b.step("onnx.ConvInteger", [x, _codes(b, first), x_zero, zero], "", b.like(INT32), _attrs(b.op))
     floats = b.step("onnx.Cast", [sums], "float", b.like(F32), {"to": 1})
-    scale = b.payload(2, "scale")
+    scale = b.payload(first + 1, "scale")
     wide = () if scale.size == 1 and not scale.shape else (codes.shape[0], *[1] * axes)
-    w_scale = b.derived("weight_scale", scale, lambda s: s.reshape(wide), F32, wide)
-    step = b.step("onnx.Mul", [x_scale, w_scale], "step", TensorType(F32, wide))
+    if x_scale.is_const and x_scale.payload is not None:
+        both = computed("step", _product(wide), [x_scale.payload, scale], F32, wide)
+        step = b.const("step", both)
+    else:
+        w_scale = b.derived("weight_scale", scale, lambda s: s.reshape(wide), F32, wide)
+        step = b.step("onnx.Mul", [x_scale, w_scale], "step", TensorType(F32, wide))
     y = b.step("onnx.Mul", [floats, step], "scaled", b.like(F32))
-    if op.operand(4) is None:
+    if b.op.operand(first + 3) is None:
         return y
     row = (codes.shape[0], *[1] * axes)
 
     def column(bias: Array) -> Array:
         return np.ascontiguousarray(bias).reshape(row)
 
-    bias = b.derived("bias", b.payload(4, "bias"), column, F32, row)
+    bias = b.derived("bias", b.payload(first + 3, "bias"), column, F32, row)
     return b.step("onnx.Add", [y, bias], "biased", b.like(F32))
+
+
+def _product(shape: tuple[int, ...]) -> Callable[[Payload, Payload], Array]:
+    """The product of two scales in ``shape``, rounded once."""
+
+    def fn(x: Payload, w: Payload) -> Array:
+        both = x.array().astype(np.float64).reshape(()) * w.array().astype(np.float64)
+        return both.reshape(shape).astype(np.float32)
+
+    return fn
