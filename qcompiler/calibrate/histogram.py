@@ -88,17 +88,16 @@ class Histogram:
             return
         self._make_room()
         assert self.exponent is not None
-        # Scaling by a power of two is exact unless it leaves the range of f32.
-        if abs(self.exponent) > 100:
+        # Scaling f32 by a power of two is exact unless it overflows, or a tiny negative value becomes zero.
+        if not -100 < self.exponent <= 0:
             piece = piece.astype(np.float64)
         index = np.floor(piece * piece.dtype.type(math.ldexp(1.0, -self.exponent))).astype(np.intp)
-        first = min(math.floor(lo / self.width), self.first if len(self.counts) else 0)
-        last = max(math.floor(hi / self.width), self.first + len(self.counts) - 1)
+        first = min(math.floor(lo / self.width), self.first, 0)  # bin 0 is always there
+        last = max(math.floor(hi / self.width), self.first + len(self.counts) - 1, 0)
         found = np.bincount(index - first, minlength=last - first + 1)
-        if first <= 0 <= last:
-            none = piece.size - int(np.count_nonzero(piece))
-            found[-first] -= none
-            self.zeros += none
+        none = piece.size - int(np.count_nonzero(piece))
+        found[-first] -= none
+        self.zeros += none
         if len(self.counts):
             at = self.first - first
             found[at : at + len(self.counts)] += self.counts
