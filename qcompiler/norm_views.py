@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,15 +140,32 @@ def _in_parts(op: Op) -> NormView:
         if inner is None or inner.owner is None or len(inner.uses) != 1 or inner.owner.name not in _MULTIPLY:
             raise Declined(f"{op.name} is no normalisation", quiet=True)
         bias_op, multiply = op, inner.owner
-    scale_slot = _constant_slot(multiply)
-    source = None if scale_slot is None else multiply.operand(1 - scale_slot)
-    if scale_slot is None or source is None or not _normalised(source):
-        raise Declined(f"{op.name} is no normalisation", quiet=True)
-    k = row_length(multiply.operand(scale_slot))
-    for shape in (source.tensor.shape, op.result.tensor.shape):
-        if shape and isinstance(shape[-1], int) and shape[-1] != k:  # the scale widens what it multiplies
-            raise Declined(f"{op.name} is no normalisation", quiet=True)
-    return _view(op, "parts", source, multiply, scale_slot, bias_op, bias_slot)
+    for scale_op, scale_slot, source in _scales(multiply):
+        k = row_length(scale_op.operand(scale_slot))
+        known = [s[-1] for s in (source.tensor.shape, op.result.tensor.shape) if s and isinstance(s[-1], int)]
+        if all(length == k for length in known):  # else the scale widens what it multiplies
+            return _view(op, "parts", source, scale_op, scale_slot, bias_op, bias_slot)
+    raise Declined(f"{op.name} is no normalisation", quiet=True)
+
+
+def _scales(multiply: Op) -> Iterator[tuple[Op, int, Value]]:
+    """Where a constant scales what a root divides: the op and slot that read it, and what is scaled.
+
+    ``(x / root) * scale``, or ``x * (1 / root * scale)``, as Flax writes it.
+    """
+    slot = _constant_slot(multiply)
+    if slot is not None:
+        source = multiply.operand(1 - slot)
+        if source is not None and _normalised(source):
+            yield multiply, slot, source
+        return
+    for factor, source in zip(multiply.operands, multiply.operands[::-1], strict=True):
+        inner = None if factor is None else factor.owner
+        if inner is None or source is None or factor is source or inner.name not in _MULTIPLY:
+            continue
+        slot = _constant_slot(inner)
+        if slot is not None and factor is not None and len(factor.uses) == 1 and _is_root(inner.operand(1 - slot)):
+            yield inner, slot, source
 
 
 def _constant_slot(op: Op) -> int | None:

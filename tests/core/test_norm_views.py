@@ -49,6 +49,16 @@ LAYER_IN_PARTS = """
   %s: f32[2, 3, 4] = onnx.Mul(%n, %w)
   %y: f32[2, 3, 4] = onnx.Add(%s, %b)
 """
+FLAX_IN_PARTS = """
+  %m: f32[2, 3, 1] = onnx.ReduceMean(%x, %axes)
+  %c: f32[2, 3, 4] = onnx.Sub(%x, %m)
+  %v: f32[2, 3, 1] = onnx.ReduceMean(%c, %axes)
+  %r: f32[2, 3, 1] = onnx.Sqrt(%v)
+  %i: f32[2, 3, 1] = onnx.Reciprocal(%r)
+  %n: f32[2, 3, 4] = onnx.Mul(%i, %w)
+  %s: f32[2, 3, 4] = onnx.Mul(%c, %n)
+  %y: f32[2, 3, 4] = onnx.Add(%s, %b)
+"""
 
 SPELLINGS = [
     ("%y: f32[2, 3, 4] = onnx.LayerNormalization(%x, %w, %b) {axis = -1}", "layer", True),
@@ -59,6 +69,7 @@ SPELLINGS = [
     ("%y: f32[2, 3, 4] = com.microsoft.SkipSimplifiedLayerNormalization(%x, %x, %w)", "rms", False),
     (RMS_IN_PARTS, "parts", False),
     (LAYER_IN_PARTS, "parts", True),
+    (FLAX_IN_PARTS, "parts", True),
     ("%y: f32[2, 3, 4] = aten.layer_norm.default(%x, %w, %b) {args = [$0, [4], $1, $2, 1e-5]}", "layer", True),
     ("%y: f32[2, 3, 4] = aten.rms_norm.default(%x, %w) {args = [$0, [4], $1]}", "rms", False),
 ]
@@ -112,6 +123,8 @@ def test_what_is_none_says_why(text: str, reason: str) -> None:
 
 
 def test_a_multiplication_that_widens_its_operand_is_no_scale() -> None:
-    text = "%r: f32[2, 3, 1] = onnx.Sqrt(%x1)\n%n: f32[2, 3, 1] = onnx.Div(%x1, %r)\n%y: f32[2, 3, 4] = onnx.Mul(%n, %w)"
+    text = (
+        "%r: f32[2, 3, 1] = onnx.Sqrt(%x1)\n%n: f32[2, 3, 1] = onnx.Div(%x1, %r)\n%y: f32[2, 3, 4] = onnx.Mul(%n, %w)"
+    )
     with pytest.raises(Declined):
         norm_of(made_by(text, "input %x1: f32[2, 3, 1]"))
