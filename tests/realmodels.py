@@ -209,6 +209,13 @@ def _pystdlib() -> Any:
     return pystdlib.example()
 
 
+def decoder_sample(name: str) -> Any:
+    """The torch module, example arguments and dynamic shapes of ``stories260K`` or ``pystdlib``, loaded anew."""
+    from qcompiler.backends.torch.sources import Sample
+
+    return Sample(*{"stories260K": _stories, "pystdlib": _pystdlib}[name]())
+
+
 @cache
 def _sentences() -> list[Feed]:
     from importlib import resources
