@@ -195,10 +195,17 @@ def _block_scales(n: LowBit, s: Setting) -> str | None:
 
 
 def _saturation(n: LowBit, s: Setting) -> str | None:
-    element = None if n.codes is None else n.codes.tensor.dtype
+    """Which side is signed decides: int8 x int8 takes another way, ``ConvInteger`` multiplies weights by activations.
+
+    Measured under an emulator (tests/backends/onnx/test_chips_integer.py).
+    """
     if not s.saturates or s.session.get("session.x64quantprecision") == "1":
         return None
-    if element is None or element.name != "int8":
+    if n.op.name == DEFAULT + "ConvInteger":
+        both = "int8 activations against uint8 weights overflow 16 bits without VNNI"
+        return both if n.types == "s8u8" else None
+    element = None if n.codes is None else n.codes.tensor.dtype
+    if element is None or element.name != "int8" or n.types == "s8s8":
         return None
     payload = None if n.codes is None or not n.codes.is_const else n.codes.payload
     if payload is None:

@@ -58,7 +58,7 @@ class NodeVerdict:
             self.kind,
             self.n,
             self.k,
-            self.n * self.k * 4,
+            0 if self.kind == "matmul" else self.n * self.k * 4,
             self.scheme,
             "fused" if fused else "unfused",
             reason,
@@ -88,8 +88,15 @@ def judge_node(node: LowBit, setting: Setting) -> NodeVerdict:
     if node.op.name in ROW_OPS and out.verdict not in ("error", "dequant"):
         _ask_rows(out, node, setting)
     elif not faults:
-        out.kernels = {p.name: f"{setting.target.name}/{node.short}" for p in setting.phases}
+        out.kernels = {p.name: kernel_name(node, setting.target) for p in setting.phases}
     return out
+
+
+def kernel_name(node: LowBit, target: Target) -> str:
+    """The row of a node that computes on codes, by the types it has; the plain op where there is no such row."""
+    plain = f"{target.name}/{node.short}"
+    known = f"{plain}.{node.types}"
+    return known if any(r.name == known for r in target.rows) else plain
 
 
 _RANK: dict[Verdict, int] = {"float": 0, "fused": 1, "dequant": 2, "wrong": 3, "error": 4}
@@ -360,7 +367,8 @@ def sites_of(graph: Graph) -> list[Site]:
     for node in low_bit_nodes(graph):
         if node.kind in NO_SITES:
             continue
-        site = Site(node.op.label, node.kind, node.n, node.k, node.n * node.k * 4, node.scheme_text)
+        before = 0 if node.kind == "matmul" else node.n * node.k * 4
+        site = Site(node.op.label, node.kind, node.n, node.k, before, node.scheme_text)
         site.bytes = node.sizes()
         out.append(site)
     return out

@@ -60,6 +60,9 @@ PLACES: dict[str, Places] = {
 }
 """Every op that keeps a weight, or a cache, in few bits. Ops whose name starts with QOrdered are products too."""
 
+PRODUCTS = frozenset({DEFAULT + "QLinearMatMul", DEFAULT + "MatMulInteger", MS + "MatMulIntegerToFloat"})
+"""Products that take codes computed at run time, or a constant, on either side."""
+
 BLOCKED = frozenset({MS + "MatMulNBits", MS + "MatMulBnb4", MS + "GatherBlockQuantized", MS + "QMoE"})
 """Ops that say in attributes how the codes are packed."""
 
@@ -80,7 +83,41 @@ class LowBit:
 
     @property
     def kind(self) -> str:
-        return self.places.kind
+        """``linear`` and so on; ``matmul`` for a product of two activations."""
+        both = self.op.name in PRODUCTS and not self.weight_is_constant
+        return "matmul" if both else self.places.kind
+
+    @property
+    def on_left(self) -> bool:
+        """The left operand of a product is constant, and the right one is not."""
+        return _on_left(self.op, self.places)
+
+    @property
+    def weight(self) -> tuple[Value | None, Value | None, Value | None]:
+        """Codes, scales and zero points of the weight."""
+        if self.on_left:
+            return self.at(self.places.x), self.at(self.places.x_scale), self.at(self.places.x_zero)
+        scales = self.scales if self.places.scales is not None else scales_behind(self.op)
+        return self.codes, scales, self.zeros
+
+    @property
+    def weight_is_constant(self) -> bool:
+        """It is stored with the model, or given to it; else it is an activation."""
+        codes, left = self.weight[0], self.at(self.places.x)
+        return codes is not None and (codes.is_const or (codes.is_input and not (left is not None and left.is_input)))
+
+    @property
+    def types(self) -> str:
+        """``u8s8``: the types of activation and weight as kernel names tell them; empty where they are others."""
+        x = self.at(self.places.x)
+        words = []
+        for value in (x, self.codes):
+            element = None if value is None else value.tensor.dtype
+            if self.op.name == MS + "DynamicQuantizeMatMul" and value is x:
+                words.append("u8")
+            elif element is not None and element.name in ("int8", "uint8"):
+                words.append("s8" if element.signed else "u8")
+        return "".join(words) if len(words) == 2 else ""
 
     @property
     def short(self) -> str:
@@ -117,6 +154,8 @@ class LowBit:
         """``int4 g32 sym``, also for what no scheme may be (``int3 g8 sym``)."""
         if self.op.name == MS + "MatMulBnb4":
             return f"{'nf4' if self.attr('quant_type', 1) else 'fp4'} g{self.block} sym"
+        if self.bits == 8 and not self.signed and not self.block and _all_code(self.weight[2], 128):
+            return f"int8 {self.granularity} sym"  # the same codes, stored 128 higher
         word = {"none": "sym", "int": "asym", "float": "asymf"}[self.zero]
         name = f"{'int' if self.signed or self.block else 'uint'}{self.bits}"
         return f"{name} {'g' + str(self.block) if self.block else self.granularity} {word}"
@@ -125,7 +164,7 @@ class LowBit:
     def granularity(self) -> str:
         if self.block:
             return "group"
-        size = _count(self.scales)
+        size = _count(self.weight[1])
         return "channel" if size is not None and size > 1 else "tensor"
 
     def request(self, m_op: str) -> Request | None:
@@ -140,8 +179,27 @@ class LowBit:
         return Request(m_op, scheme, self.n, self.k, self.activation, self.at(self.places.bias) is not None)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of codes, scales and zeros."""
-        return {"codes": _bytes(self.codes), "scales": _bytes(self.scales), "zeros": _bytes(self.zeros)}
+        """Bytes of codes, scales and zeros; of two activations none."""
+        if not self.weight_is_constant:
+            return {"codes": 0, "scales": 0, "zeros": 0}
+        codes, scales, zeros = self.weight
+        return {"codes": _bytes(codes), "scales": _bytes(scales), "zeros": _bytes(zeros)}
+
+
+def scales_behind(op: Op) -> Value | None:
+    """The weight's scales of an op that gives int32 sums: a constant factor behind the Cast, or a factor of that."""
+    value, steps = op.results[0], 0
+    while steps < 4 and len(value.users) == 1:
+        (user,), steps = value.users, steps + 1
+        if user.name not in (DEFAULT + "Cast", DEFAULT + "Mul"):
+            return None
+        for factor in (v for v in user.operands if v is not None and v is not value):
+            inner = [factor] if factor.owner is None or factor.owner.name != DEFAULT + "Mul" else factor.owner.operands
+            found = next((v for v in inner if v is not None and v.is_const), None)
+            if found is not None:
+                return found
+        value = user.results[0]
+    return None
 
 
 def _count(value: Value | None) -> int | None:
@@ -174,19 +232,26 @@ def low_bit(op: Op) -> LowBit | None:
         places = Places("linear", 0, 2, None)
     if places is None:
         return None
-    codes = op.operand(places.codes)
+    left = _on_left(op, places)
+    codes = op.operand(places.x if left else places.codes)
     element = None if codes is None else codes.tensor.dtype
     if places.kind == "cache" and (element is None or element.bits > 8):
         return None
     scales = None if places.scales is None else op.operand(places.scales)
-    zero = _zero_kind(None if places.zeros is None else op.operand(places.zeros))
+    zero_place = places.x_zero if left else places.zeros
+    zero = _zero_kind(None if zero_place is None else op.operand(zero_place))
     n, k = _shape(op, places, codes)
     bits, block = _packing(op, element)
     activation = None if op.operand(places.x) is None else _float_of(op, places, scales)
     signed = element is not None and element.signed
-    if op.name not in BLOCKED and zero == "int" and signed and _all_zero(op.operand(places.zeros or 0)):
+    if op.name not in BLOCKED and zero == "int" and signed and _all_zero(op.operand(zero_place or 0)):
         zero = "none"
     return LowBit(op, places, n, k, bits, signed, block, zero, activation)
+
+
+def _on_left(op: Op, places: Places) -> bool:
+    left, right = op.operand(places.x), op.operand(places.codes)
+    return op.name in PRODUCTS and left is not None and left.is_const and not (right is not None and right.is_const)
 
 
 def _packing(op: Op, element: DType | None) -> tuple[int, int | None]:
@@ -244,6 +309,8 @@ def _shape(op: Op, places: Places, codes: Value | None) -> tuple[int, int]:
         for d in shape[1:]:
             k *= d
         return shape[0], k
+    if _on_left(op, places):
+        return (1, *shape)[-2], shape[-1]
     if len(shape) < 2:
         return shape[-1], 1
     flip = op.name == MS + "QGemm" and attrs.get("transB", 0) == 1
@@ -251,8 +318,12 @@ def _shape(op: Op, places: Places, codes: Value | None) -> tuple[int, int]:
 
 
 def _all_zero(value: Value | None) -> bool:
+    return _all_code(value, 0)
+
+
+def _all_code(value: Value | None, code: int) -> bool:
     payload = None if value is None else value.payload
-    return payload is not None and payload.size <= 1 << 20 and not payload.array().any()
+    return payload is not None and payload.size <= 1 << 20 and bool((payload.array() == code).all())
 
 
 def low_bit_nodes(graph: Graph) -> Iterator[LowBit]:

@@ -91,7 +91,7 @@ def test_the_node_that_the_runtime_makes_is_seen(worker: Worker, tmp_path: Path)
     assert not findings
     (site,) = sites
     assert (site.name, site.op, site.n, site.k, site.scheme) == ("mm", "linear", 128, 256, "int8 channel sym")
-    assert site.kernel == {"decode": "ort-cpu/QLinearMatMul", "prefill": "ort-cpu/QLinearMatMul"}
+    assert site.kernel == {"decode": "ort-cpu/QLinearMatMul.u8s8", "prefill": "ort-cpu/QLinearMatMul.u8s8"}
     assert site.bytes == {"codes": 32768, "scales": 512, "zeros": 1}
     assert {n.op_type for n in evidence.nodes} == {"QLinearMatMul"}
 
