@@ -71,7 +71,18 @@ class ChooseLayout(Pass):
             if reasons:
                 raise RecipeError(f"choose-layout.kernel: '{op.attrs.get('site', op.label)}': {reasons[0].message}")
             return Choice(tuple((p, row) for p in ctx.phases))
-        return target.choose(request, ctx.phases)
+        name = str(op.attrs.get("site", ""))
+        wish = ctx.ledger[name].wish if name in ctx.ledger else ""
+        return _wished(wish, request, target, ctx) or target.choose(request, ctx.phases)
+
+
+def _wished(wish: str, request: Request, target: Target, ctx: Context) -> Choice | None:
+    """The row that a site asks for, where the target has it and it serves every phase."""
+    for row in target.rows_for(request.op) if wish else ():
+        if row.name.rpartition("/")[2] == wish:
+            if not any(row.why_not(request, target.features, p.m) for p in ctx.phases):
+                return Choice(tuple((p, row) for p in ctx.phases))
+    return None
 
 
 def _replace(op: Op, new: Value | Sequence[Value]) -> None:

@@ -151,8 +151,8 @@ class InsertQdq(Pass):
         for op in graph.walk():
             if QUANTIZED_OPS.match(op.name):
                 raise InputError(
-                    f"the model is already quantized: '{op.label}' is a {op.name}; compile its float original, "
-                    "or judge it as it is with 'qcompiler verify'"
+                    f"the model is already quantized: '{op.label}' is a {op.name}; compile its float original, keep "
+                    "its codes with '--recipe repair', or judge it as it is with 'qcompiler verify'"
                 )
         self._check_schemes()
         found = list(find_sites(graph, convs=self.convs is not None, products=self.products is not None))

@@ -128,11 +128,9 @@ class LiftQuantized(Pass):
                 continue
             n, k = _size(op, kind, dq)
             site = Site(op.label, kind, n, k, 4 * n * k, dq.attrs["scheme"].text)
-            site.weight = dq.operand(0)
+            site.weight, site.wish = dq.operand(0), str(op.meta.get(KERNEL, ""))
             name = ctx.ledger.add(site).name
             op.meta["site"] = name
-            if KERNEL in op.meta:
-                site.stats[KERNEL] = op.meta[KERNEL]
             names.setdefault(dq, []).append(name)
         for dq, sites in names.items():
             dq.attrs["sites"] = tuple(sites)

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from qcompiler.ir import Graph, Op, TensorType, Value
+from qcompiler.ir import Graph, Loc, Op, TensorType, Value
 from qcompiler.movement import PERMUTE, REPEAT, SELECT, clamp, clips_codes, data_operands, movement_kind
 from qcompiler.numerics import quantize
 from qcompiler.pairs import is_activation, same_parameters, scalar_parameters
@@ -172,7 +172,8 @@ def sink_dequantize(op: Op, rw: Rewriter) -> list[Value]:
         hint = f"{old.name}_dq"
         moved_dq = rw.op("q.dequantize", codes, *parameters, type=old.type, hint=hint, **dq.attrs)
         assert moved_dq.owner is not None
-        moved_dq.owner.loc = dq.loc  # the node's own name went to what moves the codes
+        # the node's own name went to what moves the codes, and a dequantize with several readers moves to each of them
+        moved_dq.owner.loc = dq.loc if len(dq.result.uses) == 1 else Loc("", dq.loc.scope, dq.loc.source)
         out.append(moved_dq)
     return out
 

@@ -15,6 +15,7 @@ class Site:
     """One linear, embedding or convolution. ``before`` is the bytes of its float weight; ``status`` how it ended.
 
     A site whose weight an earlier site stores too is ``tied_to`` that one; sums count the bytes of both once.
+    ``wish`` is the last part of the name of the kernel to take, where it serves; empty leaves it to the ranks.
     ``weight`` is the float constant in the graph, while there is one; ``stats`` fills when its codes are computed.
     """
 
@@ -31,6 +32,7 @@ class Site:
     bytes: dict[str, int] = field(default_factory=dict)
     sqnr_db: float | None = None
     tied_to: str | None = None
+    wish: str = ""
     weight: Any = field(default=None, repr=False, compare=False)
     stats: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 

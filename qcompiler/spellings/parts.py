@@ -156,7 +156,7 @@ def zero_point(rw: Rewriter, zero: Value | None, element: DType, shape: tuple[in
 
     def make(p: Payload) -> Payload:
         spread = np.broadcast_to(p.array().reshape(shape if p.size == math.prod(shape) else ()), shape)
-        return constant(np.ascontiguousarray(spread).astype(element.storage), element)
+        return constant(np.ascontiguousarray(spread).reshape(shape).astype(element.storage), element)
 
     return once(rw, zero, f"{element}.{'x'.join(map(str, shape)) or 'scalar'}", make)
 

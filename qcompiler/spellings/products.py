@@ -14,13 +14,13 @@ import numpy as np
 from qcompiler.dtypes import BF16, F16, F32, TABLE, Array, DType
 from qcompiler.ir import Op, TensorType, Value
 from qcompiler.payload import computed, constant
-from qcompiler.rewrite import Rewriter, rule
+from qcompiler.rewrite import Declined, Rewriter, rule
 from qcompiler.scheme import Scheme
 from qcompiler.spellings.expressions import settle
 from qcompiler.spellings.parts import is_float, once, permuted_shape
 from qcompiler.spellings.qdq import DEQUANTIZE, QUANTIZE
 from qcompiler.target import Request
-from qcompiler.views import as_linear
+from qcompiler.views import LinearView, as_linear
 
 PRODUCTS = ("onnx.MatMul", "onnx.Gemm")
 COMPUTED = (
@@ -226,6 +226,14 @@ def _times(rw: Rewriter, value: Value, factor: float) -> Value:
     return once(rw, value, f"times{factor:g}", make)
 
 
+def _linear(rw: Rewriter) -> LinearView:
+    """The root as a linear layer; its refusals are told by the pass that fuses."""
+    try:
+        return as_linear(rw.root)
+    except Declined as e:
+        raise rw.declined(e.reason.message, quiet=True) from None
+
+
 # -- groups and widths that no kernel has --------------------------------------------------------------------
 
 
@@ -235,7 +243,7 @@ def refit_weight(op: Op, rw: Rewriter) -> Value:
 
     A scale of a large group is repeated for its parts, codes of 2 bits are stored in 4 or 8: exact, for some bytes.
     """
-    lin = rw.view(as_linear)
+    lin = _linear(rw)
     dq = rw.expect(lin.weight, "q.dequantize")
     scheme: Scheme = dq.attrs["scheme"]
     codes, scale, zero = dq.operands[0], dq.operands[1], dq.operand(2)
@@ -297,7 +305,7 @@ def _in_type(rw: Rewriter, value: Value, element: DType) -> Value:
 @rule(*PRODUCTS)
 def lift_bfloat(op: Op, rw: Rewriter) -> Value:
     """x bf16 @ q.dequantize(w) bf16  ->  cast(cast(x) @ q.dequantize(w) f32)   where kernels take f32 alone"""
-    lin = rw.view(as_linear)
+    lin = _linear(rw)
     dq = rw.expect(lin.weight, "q.dequantize")
     scale = dq.operand(1)
     if rw.target is None or scale is None or scale.tensor.dtype != BF16 or lin.x.tensor.dtype != BF16:

@@ -67,7 +67,7 @@ def _bias(op: Op, rw: Rewriter, codes: Value, scale: Value, zero: Value | None) 
         values = values - zero.payload.array().astype(np.float64)
     element: DType = scale.tensor.dtype or F32
     out = np.broadcast_to(values * scale.payload.array().astype(np.float64), values.shape)
-    return rw.const(f"{codes.name}.float", constant(np.ascontiguousarray(out), element), codes.graph)
+    return rw.const(f"{codes.name}.float", constant(np.array(out), element), codes.graph)
 
 
 @rule(*QUANTIZE)
