@@ -23,7 +23,12 @@ OPSET, IR_VERSION = 13, 7
 OLDEST = 7
 """Before opset 7 binary operators did not broadcast as they do now."""
 
-_SAME = frozenset(
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_SAME = _names(
     """
     Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BitShift Cast Ceil Celu Compress
     Concat ConcatFromSequence Constant ConstantOfShape Conv ConvInteger ConvTranspose Cos Cosh CumSum
@@ -38,7 +43,7 @@ _SAME = frozenset(
     SequenceErase SequenceInsert SequenceLength Shape Shrink Sigmoid Sign Sin Sinh Size Softplus Softsign
     SpaceToDepth SplitToSequence Sqrt Sub Sum Tan Tanh TfIdfVectorizer ThresholdedRelu Tile Transpose Unique
     Where Xor
-    """.split()
+    """
 )
 
 
