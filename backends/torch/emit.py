@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class _Emitter:
             copy = self.fx.call_function(torch.ops.aten.copy_.default, (self.target(graph, target), node))
             written[node] = copy  # the program returns what it has written, as its own module does
         outputs = [written.get(n, n) for n in outputs]
-        result = tuple(outputs) if returns is None else _filled(returns, outputs, tuple)
+        result = tuple(outputs) if returns is None else filled(returns, outputs, tuple)
         self.fx.output(result)
         self.fx.lint()
         return self.fx
@@ -152,18 +152,16 @@ class _Emitter:
         target = target_of(op.name)
         # Schemas take lists; the operators with subgraphs insist on tuples.
         kind = list if isinstance(target, torch._ops.OpOverload) else tuple
-        args = _filled(op.attrs["args"], operands, kind, regions)
-        kwargs = {k: _filled(v, operands, kind, regions) for k, v in op.attrs.get("kwargs", ())}
+        args = filled(op.attrs["args"], operands, kind, regions)
+        kwargs = {k: filled(v, operands, kind, regions) for k, v in op.attrs.get("kwargs", ())}
         node = self.fx.create_node("call_function", target, tuple(args), kwargs, name=self.name(op))
         if op.loc.scope:
             node.meta["nn_module_stack"] = {op.loc.scope: (op.loc.scope, "")}
         return node
 
     def region(self, op: Op, key: str, region: Graph) -> fx.Node:
-        inner = _Emitter(self.lower)
-        inner.body(region, region.meta.get("returns"))
         name = _free(self.root, _identifier(key))
-        self.root.add_module(name, inner.module(key))
+        self.root.add_module(name, region_module(region, key, self.lower))
         return self.fx.get_attr(name)
 
     def node_of(self, op: Op, value: Value) -> fx.Node:
@@ -180,13 +178,23 @@ class _Emitter:
         return _identifier(op.results[0].name if single else op.label)
 
 
-def _filled(
+def region_module(region: Graph, name: str, lower: Lower | None = None) -> fx.GraphModule:
+    """A region as the module that the operator around it calls."""
+    inner = _Emitter(lower)
+    inner.body(region, region.meta.get("returns"))
+    return inner.module(name)
+
+
+def filled(
     skeleton: Attr,
-    operands: list[fx.Node | None] | list[fx.Node],
+    operands: Sequence[Any],
     kind: type,
-    regions: Mapping[str, fx.Node] | None = None,
+    regions: Mapping[str, Any] | None = None,
 ) -> Any:
-    """``skeleton`` with its holes filled, atoms turned back, sequences made ``kind``."""
+    """``skeleton`` of a call with its holes filled, atoms turned back, sequences made ``kind``.
+
+    ``operands`` and ``regions`` are FX nodes, or tensors and modules.
+    """
     if isinstance(skeleton, Hole):
         return operands[skeleton.index]
     if isinstance(skeleton, Atom):
@@ -194,7 +202,7 @@ def _filled(
             return (regions or {})[skeleton.text]
         return from_atom(skeleton)
     if isinstance(skeleton, tuple):
-        return kind(_filled(s, operands, kind, regions) for s in skeleton)
+        return kind(filled(s, operands, kind, regions) for s in skeleton)
     return skeleton
 
 
