@@ -52,7 +52,7 @@ class Closeness:
                 d = a - b
                 aa, bb, ab = aa + float(a @ a), bb + float(b @ b), ab + float(a @ b)
                 noise += float(d @ d)
-                self.largest = float(np.fmax(self.largest, np.abs(d).max())) if not np.isnan(d).any() else math.nan
+                self.largest = float(np.maximum(self.largest, np.abs(d).max()))  # NaN stays NaN
         norm = math.sqrt(aa) * math.sqrt(bb)
         cosine = ab / norm if norm > 0 or math.isnan(norm) else float(aa == bb)
         self.samples += 1

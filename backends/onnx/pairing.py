@@ -55,7 +55,7 @@ class OrtPair(Pair):
             if part:
                 self.notes.append(f"{what}s that only one of the models has are left out: {', '.join(missing)}")
                 return {n: n for n in common}
-        elif len(first) == len(second):
+        elif len(first) == len(second) and all(map(_alike, first, second)):
             pairs = list(zip(first, second, strict=True))
             self.notes.append(f"{what}s are matched by place: {', '.join(f'{a.name} = {b.name}' for a, b in pairs)}")
             return {a.name: b.name for a, b in pairs}
@@ -108,6 +108,13 @@ class OrtPair(Pair):
     def close(self) -> None:
         self.stack.close()
         self.sessions = ()
+
+
+def _alike(a: Value, b: Value) -> bool:
+    """Whether two values may stand for each other: floats or the same type, of one rank."""
+    x, y = a.tensor, b.tensor
+    same = x.dtype is y.dtype or (x.dtype is not None and y.dtype is not None and x.dtype.is_float and y.dtype.is_float)
+    return same and x.rank == y.rank
 
 
 def _fed(graph: Graph) -> list[Value]:

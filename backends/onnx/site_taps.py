@@ -17,7 +17,7 @@ from qcompiler.backends.onnx.judge import NO_SITES
 from qcompiler.backends.onnx.nodes import DEFAULT, MS, low_bit
 from qcompiler.dtypes import Array
 from qcompiler.ir import Graph, Op, Value
-from qcompiler.verify.static import is_product
+from qcompiler.verify.op_kinds import is_product
 
 RESULT_SCALE = {
     DEFAULT + "QLinearMatMul": 6,

@@ -11,7 +11,7 @@ from qcompiler.backends.onnx.feeds import shape_of, unmakeable, values_of
 from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph, Value
-from qcompiler.verify.static import LOOKUPS
+from qcompiler.verify.op_kinds import LOOKUPS
 
 PIXELS = 224
 """Height and width of a picture whose size the model leaves open."""

@@ -47,7 +47,7 @@ class Source(ABC):
 
 def listed(inputs: Sequence[Value]) -> str:
     """The inputs that data must give, for a message."""
-    return ", ".join(f"{v.name} {show_type(v.type)}" for v in inputs) or "none"
+    return ", ".join(f"{v.name} {show_type(v.type)}" for v in inputs if v.payload is None) or "none"
 
 
 def file_digest(path: Path) -> str:
