@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import resource
 import time
@@ -11,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import qcompiler
-from qcompiler import debug
+from qcompiler import checking, debug
 from qcompiler.backends import backend_of
 from qcompiler.backends.base import Backend, Captured, Progress, Silent
 from qcompiler.calibrate.cache import Cache
 from qcompiler.calibrate.calibrator import Calibrator
 from qcompiler.calibrate.data import Data
+from qcompiler.checking import CheckedPass, CheckFailed, CheckHook
 from qcompiler.errors import BadWeights, RecipeError, RejectedError
 from qcompiler.fileio import Staged
 from qcompiler.ir import Graph
-from qcompiler.pipeline import Context, Pass, PassFailed, run
+from qcompiler.pipeline import Context, Hook, Pass, PassFailed, run
 from qcompiler.recipe import Recipe
 from qcompiler.report.model import ArtifactInfo, Quality, RecipeInfo, Report, Source, Timing
 from qcompiler.target import PHASES, Phase, Target
@@ -47,6 +50,8 @@ class Job:
     artifact: ArtifactInfo | None = None
     emission: Mapping[str, Any] = field(default_factory=dict)
     calibrator: Calibrator | None = None
+    check: bool = False
+    checks: list[CheckedPass] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ctx = Context(self.target, self.phases, progress=lambda name: self.progress.stage(f"pass {name}"))
@@ -88,13 +93,42 @@ def capture(job: Job, source: Any, args: Any = None, dynamic_shapes: Any = None)
 
 
 def run_recipe(job: Job, graph: Graph, passes: Sequence[Pass] | None = None) -> None:
-    """Run the recipe (or ``passes``); an internal failure leaves a repro file, named by the PassFailed it raises."""
+    """Run the recipe (or ``passes``), each checked where the job says so.
+
+    An internal failure, or a pass that breaks its promise, leaves a repro file, named by the PassFailed or CheckFailed.
+    """
     last = debug.LastGood()
+    hooks: list[Hook] = [*debug.hooks_from_environment(), last]
+    if job.check:
+        hooks.append(checker(job, graph))
     try:
-        run(graph, job.recipe.passes if passes is None else passes, job.ctx, [*debug.hooks_from_environment(), last])
-    except PassFailed as e:
+        run(graph, job.recipe.passes if passes is None else passes, job.ctx, hooks)
+    except (PassFailed, CheckFailed) as e:
         e.repro = debug.write_repro(e, last.text, debug.step_text(e.item))
         raise
+
+
+def checker(job: Job, graph: Graph) -> CheckHook:
+    """The hook behind ``--check``: on the first batches of the calibration data, else on made-up inputs."""
+    backend, data = job.backend, None if job.calibrator is None else job.calibrator.data
+    job.progress.stage("check: samples")
+    if data is not None:
+        feeds = list(itertools.islice(data.batches(graph.inputs), checking.SAMPLES + 1))
+        complete, feeds = len(feeds) <= checking.SAMPLES, feeds[: checking.SAMPLES]
+    else:
+        complete, feeds = False, checking.running_feeds(backend.runner, graph, backend.made_up)
+        job.notes.append("check: made-up inputs; give --calibration DATA to check on your own")
+    return CheckHook(backend.runner, feeds, backend.kernel_error, complete, job.checks)
+
+
+def stop(job: Job, error: CheckFailed) -> None:
+    """A pass broke its promise: what it made goes nowhere, and no site is fused."""
+    job.ctx.findings.append(error.finding)
+    job.notes.append(f"check: what is needed to see it again is in {error.repro}")
+    for site in job.ctx.ledger:
+        if site.status in ("pending", "fused"):
+            site.status, site.kernel = "unfused", {}
+            site.reason = f"the compilation stopped: {error.item.name} changed what the model computes"
 
 
 def calibrate_with(job: Job, data: Data) -> None:
@@ -212,6 +246,8 @@ def metadata(job: Job, captured: Captured) -> dict[str, str]:
     if keys := sorted({pair for row in rows for pair in row.session}):
         out["qcompiler.session"] = ";".join(f"{k}={v}" for k, v in keys)
         job.notes.append(f"the runtime needs session keys for these kernels: {out['qcompiler.session']}")
+    if allowed := {s.name: s.reason or "" for s in job.ctx.ledger if s.op == "float"}:
+        out["qcompiler.allowed"] = json.dumps(allowed, sort_keys=True)
     return out | ({"qcompiler.source_sha256": captured.sha256} if captured.sha256 else {})
 
 

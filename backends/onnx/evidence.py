@@ -17,7 +17,7 @@ from qcompiler.backends.onnx.alone import Measured, Prober, probed_rows
 from qcompiler.backends.onnx.bias import check_bias
 from qcompiler.backends.onnx.differs import compare
 from qcompiler.backends.onnx.folded import check_folded
-from qcompiler.backends.onnx.judge import Judgement, NodeVerdict, examine, session_of
+from qcompiler.backends.onnx.judge import Judgement, NodeVerdict, allowed_of, examine, session_of
 from qcompiler.backends.onnx.kernels import detect_features
 from qcompiler.backends.onnx.load import load_onnx
 from qcompiler.backends.onnx.nodes import low_bit
@@ -116,7 +116,8 @@ class OrtEvidence(EvidenceCollector):
         result.kind = "measured"
         names = Names(out.source)
         if opened.graph is not None:
-            out.final = examine(opened.graph, self.target, self.phases, final=True)
+            allowed = names.allowed(opened.graph, allowed_of(out.source))
+            out.final = examine(opened.graph, self.target, self.phases, final=True, allowed=allowed)
             _rename(out.final, names)
             _tell_as_written(out)
             result.findings += check_folded(out.source, opened.graph) + check_bias(out.source, opened.graph, names)

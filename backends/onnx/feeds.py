@@ -12,7 +12,7 @@ import numpy as np
 from qcompiler.backends.onnx.nodes import low_bit
 from qcompiler.dtypes import Array
 from qcompiler.ir import Dim, Graph, Op, Value
-from qcompiler.verify.static import LOOKUPS, MOVES
+from qcompiler.verify.op_kinds import LOOKUPS, MOVES
 
 PAST = 1
 """How many tokens a key/value cache is given."""

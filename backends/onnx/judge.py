@@ -7,6 +7,7 @@ the graph is one that the runtime has optimized already.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from qcompiler.verify.static import Rules
 
 ROW_OPS = {MS + "MatMulNBits": "q.linear", MS + "GatherBlockQuantized": "q.embedding"}
 SESSION_KEY = "qcompiler.session"
+ALLOWED_KEY = "qcompiler.allowed"
 NO_SITES = frozenset({"elementwise", "cache"})
 """Kinds of node that hold no weight."""
 
@@ -72,6 +74,16 @@ def session_of(graph: Graph) -> dict[str, str]:
     text = dict(graph.root.meta.get("model_metadata_props", ())).get(SESSION_KEY, "")
     pairs = (item.partition("=") for item in text.split(";") if item)
     return {key: value for key, _, value in pairs}
+
+
+def allowed_of(graph: Graph) -> dict[str, str]:
+    """Ops that the artifact's metadata names as floats between codes, with reasons (JSON: label -> reason)."""
+    text = dict(graph.root.meta.get("model_metadata_props", ())).get(ALLOWED_KEY, "{}")
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
 
 # -- one node ------------------------------------------------------------------------------------------------
@@ -282,8 +294,18 @@ class Judgement:
         return [v.site() for v in self.nodes if v.kind not in NO_SITES]
 
 
-def examine(graph: Graph, target: Target, phases: Sequence[Phase] = PHASES, *, final: bool = False) -> Judgement:
-    """Judge ``graph`` node by node. ``final``: the runtime has optimized it, so what is left unfused stays so."""
+def examine(
+    graph: Graph,
+    target: Target,
+    phases: Sequence[Phase] = PHASES,
+    *,
+    final: bool = False,
+    allowed: Mapping[str, str] | None = None,
+) -> Judgement:
+    """Judge ``graph`` node by node. ``final``: the runtime has optimized it, so what is left unfused stays so.
+
+    ``allowed``: label -> reason of ops that may stand in float between codes; by default what the metadata says.
+    """
     setting = Setting(target, tuple(phases), session_of(graph))
     seen = Forecast() if final else forecast(graph)
     if setting.cuda:  # its provider has no integer kernels: every other quantize and dequantize stays
@@ -293,7 +315,7 @@ def examine(graph: Graph, target: Target, phases: Sequence[Phase] = PHASES, *, f
     out.findings = [f for v in out.nodes for f in v.findings]
     if target.name == "ort-cpu":
         out.findings += _scale_types(graph) + ([] if final else _broken_by_optimizer(graph))
-    rules = Rules(graph, seen.absorbed, seen.dropped)
+    rules = Rules(graph, seen.absorbed, seen.dropped, allowed_of(graph) if allowed is None else allowed)
     for found in rules.run():
         out.findings.append(_explain(found, rules, seen.reasons))
     out.nodes += _unfused(rules, out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,6 +225,21 @@ class Names:
         if stem in self.labels:
             return stem
         return self._through(op.operands) or op.label
+
+    def allowed(self, graph: Graph, allowed: Mapping[str, str]) -> dict[str, str]:
+        """``allowed`` (label in the artifact -> reason) with the labels of the optimized graph.
+
+        An op that the runtime made of several is allowed where one is that gave its result or read its operands.
+        """
+        out = {}
+        for op in graph.walk() if allowed else ():
+            names = [self.of(op)]
+            if op.label not in self.labels:
+                names += [self.readers.get(v.name, "") for v in op.operands if v is not None]
+            reason = next((allowed[n] for n in names if n in allowed), None)
+            if reason is not None:
+                out[op.label] = reason
+        return out
 
     def _through(self, operands: Iterable[Value | None]) -> str:
         names = [v.name for v in operands if v is not None]

@@ -9,7 +9,7 @@ from typing import Any
 
 from qcompiler.ir import Graph, Op
 from qcompiler.verify.findings import Finding
-from qcompiler.verify.static import base_name, is_product
+from qcompiler.verify.op_kinds import base_name, is_product
 
 
 def check_promised(path: Path, graph: Graph, found: AbstractSet[str]) -> list[Finding]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from qcompiler.backends.onnx.load import opset_of
 from qcompiler.dtypes import Array
 from qcompiler.ir import Dim, Op, Value
-from qcompiler.verify.static import MOVES
+from qcompiler.verify.op_kinds import MOVES
 
 DQ = frozenset({"onnx.DequantizeLinear", "com.microsoft.DequantizeLinear"})
 Q = frozenset({"onnx.QuantizeLinear", "com.microsoft.QuantizeLinear"})

@@ -16,7 +16,7 @@ from qcompiler.dtypes import Array
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.payload import CHUNK, ComputedPayload, Payload, UnreadablePayload
 from qcompiler.verify.findings import Finding
-from qcompiler.verify.static import base_name, is_product
+from qcompiler.verify.op_kinds import base_name, is_product
 
 ALIKE = 64
 """From how many scales on it is suspicious that all are one number."""

@@ -11,6 +11,7 @@ is not quantized again), and the dequantize of rows that were looked up before t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -18,85 +19,18 @@ import networkx as nx
 
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.verify.findings import Finding, Severity
-
-
-def _named(dialect: str, names: str) -> frozenset[str]:
-    return frozenset(f"{dialect}.{name}" for name in names.split())
-
-
-MOVES = (
-    _named("onnx", "Transpose Reshape Slice Squeeze Unsqueeze Concat Flatten Split Identity Expand Tile Pad Dropout")
-    | _named("onnx", "Gather GatherND GatherElements DepthToSpace SpaceToDepth Cast CastLike")
-    | _named("aten", "t.default numpy_T.default transpose.int permute.default movedim.int view.default reshape.default")
-    | _named("aten", "_unsafe_view.default unsqueeze.default squeeze.dim squeeze.dims flatten.using_ints slice.Tensor")
-    | _named("aten", "select.int expand.default repeat.default cat.default split.Tensor split_with_sizes.default")
-    | _named("aten", "contiguous.default clone.default alias.default detach.default to.dtype _to_copy.default")
-    | _named("aten", "embedding.default index_select.default index.Tensor")
+from qcompiler.verify.op_kinds import (
+    CASTS,
+    LOOKUPS,
+    MOVES,
+    ORDER_KEEPERS,
+    base_name,
+    is_arithmetic,
+    is_dequantize,
+    is_integer_kernel,
+    is_product,
+    is_quantize,
 )
-"""Ops that move, repeat or cast elements but compute nothing with them."""
-
-LOOKUPS = _named("onnx", "Gather GatherND GatherElements") | _named(
-    "aten", "embedding.default index_select.default index.Tensor"
-)
-CASTS = _named("onnx", "Cast CastLike") | _named("aten", "to.dtype _to_copy.default")
-ARITHMETIC = _named("onnx", "Sub Mul Div Add BitShift BitwiseAnd BitwiseOr BitwiseXor Mod Floor Where Neg")
-PRODUCTS = (
-    _named("onnx", "MatMul Gemm Conv ConvTranspose Einsum Attention RNN LSTM GRU")
-    | _named("com.microsoft", "FusedMatMul FusedGemm FusedConv NhwcFusedConv TransposeMatMul FusedMatMulActivation MoE")
-    | _named("com.microsoft", "Attention MultiHeadAttention GroupQueryAttention MatMulNBits QAttention nchwc.Conv")
-)
-_INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QAttention")
-_ORDER_KEEPERS = _named("onnx", "MaxPool ReduceMax ReduceMin Resize")
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_ATEN_ARITHMETIC = _words("sub mul div add rsub neg floor_divide remainder bitwise_and bitwise_or __and__ __rshift__")
-_ATEN_PRODUCTS = _words("linear matmul mm bmm addmm baddbmm einsum convolution conv1d conv2d conv3d") | {
-    "scaled_dot_product_attention"
-}
-_FUSED_WORDS = _words("matmul gemm gather embedding conv linear_dyn")
-
-
-def base_name(op: Op) -> str:
-    """``MatMul`` of ``onnx.MatMul``, ``linear`` of ``aten.linear.default``."""
-    parts = op.name.split(".")
-    return parts[1] if parts[0] == "aten" and len(parts) > 1 else parts[-1]
-
-
-def _word(op: Op) -> str:
-    """The name in which ``dequantize`` would stand: torch ops end in an overload."""
-    return op.name.rpartition("::")[2].lower()
-
-
-def is_dequantize(op: Op) -> bool:
-    """An op that turns codes into floats, of whatever library: its name says so."""
-    word = _word(op)
-    return "dequant" in word and not any(w in word for w in _FUSED_WORDS)
-
-
-def is_quantize(op: Op) -> bool:
-    """An op that turns floats into codes."""
-    word = _word(op)
-    if "dequant" in word or "matmul" in word or "lstm" in word or "fake" in word:
-        return False
-    return "quantizelinear" in word or "quantize_" in word or word.endswith(".quantize") or "quantizebfp" in word
-
-
-def is_product(op: Op) -> bool:
-    """A matrix product, convolution, attention or recurrence: where a weight is worth keeping in few bits."""
-    return op.name in PRODUCTS or (op.name.startswith("aten.") and base_name(op) in _ATEN_PRODUCTS)
-
-
-def is_arithmetic(op: Op) -> bool:
-    return op.name in ARITHMETIC or (op.name.startswith("aten.") and base_name(op) in _ATEN_ARITHMETIC)
-
-
-def is_integer_kernel(op: Op) -> bool:
-    """A kernel that computes on codes."""
-    return any(w in op.name for w in _INTEGER_KERNELS)
 
 
 @dataclass(frozen=True)
@@ -164,13 +98,21 @@ FIX_ISLAND = "drop the quantize and dequantize around this op, or use an op that
 FIX_PAIR = "remove the pair: it changes nothing but rounding"
 
 
+ALLOWABLE = frozenset({"QC105", "QC107"})
+"""What an op that is known to stand in float between codes may cause: a warning then, with the reason."""
+
+
 @dataclass
 class Rules:
-    """One judgement of one graph. ``absorbed``: ops known to be fused away; ``dropped``: ops known to do nothing."""
+    """One judgement of one graph. ``absorbed``: ops known to be fused away; ``dropped``: ops known to do nothing.
+
+    ``allowed``: label of an op -> why it stands in float between codes.
+    """
 
     graph: Graph
     absorbed: AbstractSet[Op] = frozenset()
     dropped: AbstractSet[Op] = frozenset()
+    allowed: Mapping[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     blamed: dict[Op, Finding] = field(default_factory=dict)
     """Float op -> the finding of the weight that it reads expanded."""
@@ -193,7 +135,20 @@ class Rules:
                 self.activation(op)
         return self.findings
 
-    def add(self, code: str, op: Op, message: str, reason: str, fix: str, severity: Severity = "error") -> Finding:
+    def add(
+        self,
+        code: str,
+        op: Op,
+        message: str,
+        reason: str,
+        fix: str,
+        severity: Severity = "error",
+        about: Sequence[Op] = (),
+    ) -> Finding:
+        """Record a finding on ``op`` that concerns the ops ``about`` too."""
+        known = next((self.allowed[o.label] for o in (op, *about) if o.label in self.allowed), None)
+        if code in ALLOWABLE and known is not None:
+            severity, reason = "warning", f"{reason}; allowed: {known}"
         found = Finding(code, op.label, message, reason, fix, severity)
         if found not in self.findings:
             self.findings.append(found)
@@ -322,7 +277,7 @@ class Rules:
         maker = source.owner
         fused = maker in self.absorbed
         quantized = maker is not None and is_quantize(maker) and not fused
-        kernel = maker is not None and (fused or is_integer_kernel(maker) or maker.name in _ORDER_KEEPERS)
+        kernel = maker is not None and (fused or is_integer_kernel(maker) or maker.name in ORDER_KEEPERS)
         every = reached(op.results[0], self.moves)
         users = [r for r in every if r.op not in self.absorbed]
         for r in users:
@@ -346,22 +301,24 @@ class Rules:
             self.add("QC102" if r.path else "QC101", op, message, reason, FIX_WEIGHT)
         else:
             reason = "the product runs in float on a dequantized activation"
-            self.add("QC105", op, message, reason, FIX_ISLAND)
+            self.add("QC105", op, message, reason, FIX_ISLAND, about=[r.op, *r.path])
 
     def island(self, op: Op, user: Op, maker: Op | None) -> None:
         first = f"{base_name(maker)} '{maker.label}' -> " if maker is not None else ""
         message = f"{first}{base_name(op)} feeds {base_name(user)} '{user.label}'"
         again = ", and its result is quantized again" if self.quantized_again(user) else ""
-        self.add("QC105", op, message, f"{base_name(user)} runs in float between codes{again}", FIX_ISLAND)
+        reason = f"{base_name(user)} runs in float between codes{again}"
+        self.add("QC105", op, message, reason, FIX_ISLAND, about=[user])
 
     def requantized(self, op: Op, r: Reached) -> None:
         if r.path:
             through = ", ".join(f"{base_name(m)} '{m.label}'" for m in r.path)
             message = f"{base_name(op)} and {base_name(r.op)} '{r.op.label}' stand around {through}"
-            self.add("QC105", op, message, "data movement runs in float between codes", "give both the same scale")
+            reason = "data movement runs in float between codes"
+            self.add("QC105", op, message, reason, "give both the same scale", about=[r.op, *r.path])
         else:
             message = f"{base_name(op)} feeds {base_name(r.op)} '{r.op.label}'"
-            self.add("QC107", op, message, "codes are turned to float and back", FIX_PAIR)
+            self.add("QC107", op, message, "codes are turned to float and back", FIX_PAIR, about=[r.op])
 
     def quantized_again(self, op: Op) -> bool:
         return any(is_quantize(r.op) for v in op.results for r in reached(v, self.moves) if r.op not in self.absorbed)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qcompiler.reader import parse
-from qcompiler.verify.static import find_spelled_out, find_unfused, is_dequantize, is_quantize
+from qcompiler.verify.op_kinds import is_dequantize, is_quantize
+from qcompiler.verify.static import find_spelled_out, find_unfused
 
 X = "input %x : f32[m, 64]"
 CODES = "const %w : int8[64, 64] = rand:1\n  const %s : f32[64] = rand:2\n  const %one : f32[] = dense(0.1)"
