@@ -21,7 +21,10 @@ def fold_requantize(op: Op, rw: Rewriter) -> Value:
     if codes is None or not same_parameters(op, dq):
         raise rw.declined(f"'{op.label}' requantizes with other parameters, which is not exact")
     if op.result.is_output:
-        raise rw.declined(f"'{op.label}' is an output of the graph, which keeps its name")
+        maker = codes.owner
+        if maker is None or codes.is_output or codes.graph is not op.graph or not maker.name.startswith("q."):
+            raise rw.declined(f"'{op.label}' is an output of the graph, which keeps its name")
+        rw.made.append(maker)  # what is made here takes the name of the output
     return codes
 
 

@@ -19,7 +19,7 @@ from qcompiler.pipeline import Context, Pass
 from qcompiler.rewrite import Refusal, apply_rules
 from qcompiler.scheme import Scheme
 from qcompiler.sites import Site
-from qcompiler.spellings import RULES, lattice, products
+from qcompiler.spellings import RULES, lattice, products, signs
 from qcompiler.spellings.nbits import KERNEL
 from qcompiler.verify.findings import Finding
 from qcompiler.views import CONV_OPS, EmbeddingView, LinearView, kind_of
@@ -47,9 +47,11 @@ class LiftQuantized(Pass):
             fired += apply_rules(graph, rules, target=ctx.target, phases=ctx.phases, log=log)
         if self.lattice:
             fired += self._folded_back(graph)
+        signs.count_from_zero(graph)
+        apply_rules(graph, signs.RULES, log=log)
         if not fired and not any(QUANTIZED_OPS.match(op.name) for op in graph.walk()):
             raise InputError(
-                "the model holds nothing quantized: there is nothing to repair; compile it with a recipe that "
+                "repair finds nothing quantized in the model that it could rewrite; compile it with a recipe that "
                 "quantizes, for example w4a16"
             )
         self._sites(graph, ctx)
@@ -74,6 +76,8 @@ class LiftQuantized(Pass):
         payload = weight.payload
         assert payload is not None
         rows = _rows(payload, axis)
+        if min(rows.shape) < 1 or rows.shape[1] < 2:  # a row of one value is a multiple of itself
+            return False
         if payload.dtype.bits > 32 or lattice.step_of(rows[0, :16]) is None:
             return False
         flat = len(payload.shape) > 2
