@@ -47,7 +47,8 @@ class Interpreter:
                 raise InputError(f"the graph has no value %{name} to tap")
         self.taps = {v for v in map(graph.local, taps) if v is not None}
         self.regions = {op: {k: region_module(r, k) for k, r in op.regions.items()} for op in graph if op.regions}
-        self.constants = {v: tensor_of(p).detach() for v in graph.consts.values() if (p := v.payload) is not None}
+        # Parameters stay what they are: torch chooses other kernels for tensors that want gradients, even in no_grad.
+        self.constants = {v: tensor_of(p) for v in graph.consts.values() if (p := v.payload) is not None}
         last: dict[Value, Op] = {v: op for op in graph for v in (*op.results, *reads(op))}
         kept = {*graph.outputs, *graph.consts.values()}
         self.done: dict[Op, list[Value]] = {}

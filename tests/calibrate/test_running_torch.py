@@ -40,7 +40,7 @@ def test_the_same_bits_as_the_emitted_module(name: str) -> None:
     graph = load(program(name))
     tensors = [r.name for op in graph for r in op.results if r.tensor.dtype is not None]
     for args in (sample(name).args, second(name)):
-        with torch.no_grad():  # attention and recurrent layers have other kernels where gradients are wanted
+        with torch.no_grad():  # whose absence lets some operators choose other kernels
             expected = [x for x in pytree.tree_leaves(to_graph_module(graph)(*fresh(args))) if x is not None]
         for taps in ([], tensors):
             with running(graph, taps) as run:
