@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from qcompiler.calibrate.calibrator import Run
 from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
-from qcompiler.ir import Graph, Value
+from qcompiler.ir import Graph, Op, Value
 from qcompiler.report.model import Quality
 from qcompiler.sites import Site
 from qcompiler.target import Phase, Target
@@ -240,6 +240,14 @@ class Backend(ABC):
         Any graph of this backend's dialect runs, as it stands: ``q.*`` ops by their reference semantics. ``taps`` name
         inputs, constants or results at the top of the graph, and change nothing. Raises InputError.
         """
+
+    def made_up(self, graph: Graph, seed: int) -> Iterator[Mapping[str, Array]]:
+        """Candidate inputs for a graph that nobody gave data for, the likeliest first."""
+        raise InputError(f"no inputs are made up for {graph.dialect} graphs; give --calibration DATA")
+
+    def kernel_error(self, op: Op, operands: Sequence[Array | None]) -> Array | float:
+        """How far the kernel behind a lowered op may be from the reference: steps for codes, else absolute."""
+        return 0.0
 
     @abstractmethod
     def versions(self) -> dict[str, str]:

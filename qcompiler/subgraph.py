@@ -67,6 +67,23 @@ def part(
     return copier.made, list(inputs)
 
 
+def duplicate(graph: Graph) -> Graph:
+    """A copy of ``graph``: constants are shared, names and order are the same."""
+    copier = _Copier(Graph(graph.name, graph.dialect), {})
+    made = copier.made
+    made.meta = dict(graph.meta)
+    for value in graph.inputs:
+        copier.known[value] = copy = made.add_input(value.name, value.type, value.payload)
+        copy.meta = dict(value.meta)
+    for value in graph.consts.values():
+        copier.constant(value, made)
+    for op in graph:
+        copier.op(op, made)
+    for value in graph.outputs:
+        made.add_output(copier.known[value])
+    return made
+
+
 class _Copier:
     """Copies ops into graphs, remembering what each value became."""
 

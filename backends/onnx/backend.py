@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,17 @@ from qcompiler.backends.onnx import kernels
 from qcompiler.backends.onnx.emit import emit_onnx
 from qcompiler.backends.onnx.runtime_types import MEASURED_ON, installed_version, why_not_installed
 from qcompiler.calibrate.calibrator import Run
+from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, Op
 from qcompiler.report.model import Quality
 from qcompiler.sites import Site
 from qcompiler.target import Phase, Target
 from qcompiler.verify.evidence import EvidenceResult
 from qcompiler.verify.findings import Finding, Severity
+
+MADE_UP_ROWS = 5
+"""Rows of made-up inputs: more than one, and no power of two, so that a wrong reshape shows."""
 
 
 def _runtime() -> bool:
@@ -115,6 +119,16 @@ class OrtBackend(Backend):
         from qcompiler.backends.onnx.running import running
 
         return running(graph, taps)
+
+    def made_up(self, graph: Graph, seed: int) -> Iterator[Mapping[str, Array]]:
+        from qcompiler.backends.onnx.feeds import made_up
+
+        return made_up(graph, MADE_UP_ROWS, seed)
+
+    def kernel_error(self, op: Op, operands: Sequence[Array | None]) -> Array | float:
+        from qcompiler.backends.onnx.kernel_error import error_of
+
+        return error_of(op, operands)
 
     def versions(self) -> dict[str, str]:
         found = {}

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from qcompiler.checking import CheckedPass
 from qcompiler.errors import InputError, StructureError
 from qcompiler.fileio import Staged
 from qcompiler.report.sums import Totals, totals
@@ -116,8 +117,10 @@ class Report:
     artifact: ArtifactInfo | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    checks: tuple[CheckedPass, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "checks", tuple(self.checks))
         object.__setattr__(self, "findings", tuple(self.findings))
         object.__setattr__(self, "sites", tuple(map(_snapshot, self.sites)))
         object.__setattr__(self, "notes", tuple(self.notes))
@@ -157,6 +160,7 @@ class Report:
             "artifact": None if self.artifact is None else asdict(self.artifact) | {"files": list(self.artifact.files)},
             "versions": dict(self.versions),
             "notes": list(self.notes),
+            **({"checks": [c.to_json() for c in self.checks]} if self.checks else {}),
         }
 
     @classmethod
@@ -278,4 +282,5 @@ def _read(data: Mapping[str, Any]) -> Report:
         artifact=artifact,
         versions=dict(data.get("versions", {})),
         notes=tuple(data.get("notes", ())),
+        checks=tuple(CheckedPass(**_known(CheckedPass, c)) for c in data.get("checks", ())),
     )

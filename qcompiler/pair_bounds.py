@@ -1,0 +1,123 @@
+"""What quantizing may change, tensor by tensor: half a step of the scale that the values ask for.
+
+The bound is stated by the scheme, not by the scale that a pass wrote: for a group of weights with the range ``lo..hi``
+it is half of :func:`qcompiler.clipping.affine_params` of that range (or of the floor that the scale was given), so a
+scale that is too large exceeds it as one that is too small does. A range that is shrunk to lose less (``clip = "mse"``)
+cuts off what lies beyond ``clipping.FACTORS[-1]`` of it at most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qcompiler.agreement import Gap
+from qcompiler.clipping import FACTORS, Floats, affine_params
+from qcompiler.dtypes import F64, Array, dtype_of
+from qcompiler.ir import Op
+from qcompiler.numerics import choose_qparams, dequantize, quantize, spread
+from qcompiler.payload import ComputedPayload, Payload
+from qcompiler.scheme import Scheme
+from qcompiler.weights import WeightQuantization
+
+ROUNDING = 1e-3
+"""Share of a step by which scales may be off: they are rounded to f32 or f16, and the range is that of floats."""
+
+
+@dataclass
+class Range:
+    """The least and the greatest value seen, zero included."""
+
+    lo: float = 0.0
+    hi: float = 0.0
+
+    def widen(self, x: Array) -> None:
+        if x.size:
+            self.lo, self.hi = min(self.lo, float(x.min())), max(self.hi, float(x.max()))
+
+
+def _array(op: Op, index: int) -> Array | None:
+    value = op.operand(index)
+    return None if value is None or value.payload is None else value.payload.array()
+
+
+def _floor(scale: Payload | None) -> Floats | None:
+    """The floor that the computation of a scale was given."""
+    if isinstance(scale, ComputedPayload) and isinstance(scale.computation, WeightQuantization):
+        floors = [p.array().astype(np.float64) for p in scale.computation.floors]
+        return np.maximum.reduce(floors) if floors else None
+    return None
+
+
+def weight_gap(quantize_op: Op, dequantize_op: Op, *, shrunk: bool) -> Gap | None:
+    """The worst error of a pair around a constant, in steps that its range asks for; None where that is no constant.
+
+    ``shrunk``: the pass may have shrunk the range. Reads one tensor.
+    """
+    x, scale, zero = (_array(quantize_op, i) for i in range(3))
+    scheme: Scheme = quantize_op.attrs["scheme"]
+    if x is None or scale is None or not x.size:
+        return None
+    codes = quantize(x, scale, zero, scheme)
+    back, back_zero = _array(dequantize_op, 1), _array(dequantize_op, 2)
+    if back is None:
+        return None
+    seen = dequantize(codes, back, back_zero, dequantize_op.attrs["scheme"], F64)
+    step, middle = choose_qparams(x, scheme)
+    wanted = step.astype(np.float64)
+    if (floor := _floor(quantize_op.operands[1].payload)) is not None:  # type: ignore[union-attr]
+        wanted = np.maximum(wanted, floor)
+    half = spread(wanted, x.shape, scheme) / 2
+    error = np.abs(seen - x.astype(np.float64))
+    if shrunk:
+        center = None if middle is None else spread(middle.astype(np.float64), x.shape, scheme)
+        error = np.maximum(error - _cut_off(x.astype(np.float64), half, center, scheme), 0.0)
+    for value in (quantize_op.operand(0), quantize_op.operand(1)):
+        if value is not None and value.payload is not None:
+            value.payload.release()
+    return _worst(error, np.broadcast_to(half, x.shape), x)
+
+
+def _cut_off(x: Floats, half: Floats, zero: Floats | None, scheme: Scheme) -> Floats:
+    """How much of each value the most that a range may be shrunk by leaves out, and half a step: zero points round."""
+    low, high = scheme.dtype.qmin, scheme.dtype.qmax
+    if zero is not None:
+        lo, hi = (low - zero) * 2 * half, (high - zero) * 2 * half
+    else:
+        hi = half * (2 * high if scheme.dtype.kind == "uint" else high - low)
+        lo = -hi
+    beyond = np.maximum(np.maximum(x - FACTORS[-1] * hi, FACTORS[-1] * lo - x), 0.0)
+    return np.where(beyond > 0, beyond + half, 0.0)
+
+
+def activation_gap(x: Array, seen: Array, step: float, *, covered: tuple[float, float] | None) -> Gap:
+    """The worst error of a pair around an activation, in steps. ``covered``: values beyond are cut off; None: none are.
+
+    ``seen`` is ``x`` after quantizing and dequantizing.
+    """
+    wide = x.astype(np.float64)
+    target = wide if covered is None else np.clip(wide, *covered)
+    return _worst(np.abs(seen.astype(np.float64) - target), np.full(x.shape, step / 2), x)
+
+
+def _worst(error: Floats, half: Floats, x: Array) -> Gap:
+    """In steps: half of one, and the rounding of scales, values and results."""
+    unit = 2.0**-11 if dtype_of(x.dtype).bits == 16 else 2.0**-23
+    slack = ROUNDING * half + 2 * unit * np.abs(x.astype(np.float64))
+    steps = np.maximum(error - slack, 0.0) / (2 * half)
+    at = np.unravel_index(int(np.argmax(steps)), steps.shape)
+    worst = float(steps[at])
+    text = f"{float(x[at]):.6g} comes back off by {float(error[at]):.3g}, {worst:.3g} steps where 0.5 are allowed"
+    return Gap(worst, 0.5, text)
+
+
+def asked_step(seen: Range, scheme: Scheme) -> float:
+    """The scale that a range asks for."""
+    scale, _ = affine_params(np.asarray(seen.lo), np.asarray(seen.hi), scheme, F64)
+    return float(scale)
+
+
+def code_range(scale: float, zero: float, scheme: Scheme) -> tuple[float, float]:
+    """The values that the smallest and the largest code stand for."""
+    return (scheme.dtype.qmin - zero) * scale, (scheme.dtype.qmax - zero) * scale
