@@ -230,7 +230,8 @@ def report(job: Job, captured: Captured) -> Report:
         quality=job.quality,
         artifact=job.artifact,
         versions=job.backend.versions(),
-        notes=(*job.notes, *job.ctx.notes),
+        notes=(*job.notes, *job.ctx.notes, *checking.told(job.checks)),
+        checks=tuple(job.checks),
     )
 
 
