@@ -53,7 +53,7 @@ class Program:
         self.folded = _folded(graph)
         ops = [op for op in needed(graph, self.wanted) if not _is_folded(op, self.folded)]
         self.steps: list[Step | Op] = []
-        for number, (host, ours) in enumerate(_stages(graph, ops)):
+        for number, (host, ours) in enumerate(_stages(ops, self.folded)):
             if host:
                 later = _read_elsewhere(host, ops) | set(self.wanted)
                 outputs = [r for op in host for r in op.results if r in later]
@@ -78,7 +78,7 @@ class Program:
             if isinstance(step, Step):
                 known.update(zip(step.outputs, step.run(known), strict=True))
             else:
-                known.update(zip(step.results, self._ours(step, known), strict=True))
+                known.update(zip(step.results, self._evaluated(step, known), strict=True))
             for value in done:
                 known.pop(value, None)
         return {v.name: self._array(v, known) for v in self.wanted}
@@ -100,7 +100,7 @@ class Program:
         assert payload is not None, f"{value!r} was not computed"
         return payload.array()
 
-    def _ours(self, op: Op, known: Mapping[Value, Array]) -> list[Array]:
+    def _evaluated(self, op: Op, known: Mapping[Value, Array]) -> list[Array]:
         return numerics.evaluate_all(
             op.name, [None if v is None else self._array(v, known) for v in op.operands], op.attrs
         )
@@ -170,7 +170,7 @@ def _folded(graph: Graph) -> dict[Value, Payload]:
     """The results of ``q.*`` ops that depend on constants alone, as computations that are run when they are read."""
     out: dict[Value, Payload] = {}
     for op in graph.walk():
-        if not op.name.startswith("q."):
+        if not _ours(op):
             continue
         given = [None if v is None else out.get(v) or (v.payload if v.is_const else None) for v in op.operands]
         if all(p is not None or v is None for p, v in zip(given, op.operands, strict=True)) and _typed(op):
@@ -196,19 +196,30 @@ def _computed(op: Op, given: Sequence[Payload | None]) -> Sequence[Payload]:
     return Computation(name, compute, [p for p in given if p is not None], results).outputs()  # type: ignore[arg-type]
 
 
-def _stages(graph: Graph, ops: Sequence[Op]) -> list[tuple[list[Op], list[Op]]]:
+def _stages(ops: Sequence[Op], folded: Mapping[Value, Payload]) -> list[tuple[list[Op], list[Op]]]:
     """Host ops, then ``q.*`` ops, of each stage; a host op that reads what a ``q.*`` op gives stands a stage later."""
     stage: dict[Op, int] = {}
-    out: list[tuple[list[Op], list[Op]]] = []
+    fixed: set[Op] = set()
     for op in ops:
-        ours = op.name.startswith("q.")
         before = [v.owner for v in reads(op) if v.owner is not None and v.owner in stage]
-        at = max((stage[b] + (not ours and b.name.startswith("q.")) for b in before), default=0)
-        stage[op] = at
-        while len(out) <= at:
-            out.append(([], []))
-        out[at][ours].append(op)
+        stage[op] = max((stage[b] + (not _ours(op) and _ours(b)) for b in before), default=0)
+        if not _ours(op) and op.results and all(v.is_const or v in folded or v.owner in fixed for v in reads(op)):
+            fixed.add(op)
+    first: dict[Op, int] = {}
+    for op in reversed(ops):
+        if op in fixed:  # a transposed weight, say: it is computed where it is read, not carried there
+            stage[op] = first.get(op, stage[op])
+        for v in reads(op):
+            if v.owner is not None:
+                first[v.owner] = min(first.get(v.owner, stage[op]), stage[op])
+    out: list[tuple[list[Op], list[Op]]] = [([], []) for _ in range(max(stage.values(), default=-1) + 1)]
+    for op in ops:
+        out[stage[op]][_ours(op)].append(op)
     return out
+
+
+def _ours(op: Op) -> bool:
+    return op.name.startswith("q.")
 
 
 def _read_elsewhere(host: Sequence[Op], ops: Sequence[Op]) -> set[Value]:
