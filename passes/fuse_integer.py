@@ -23,7 +23,7 @@ from qcompiler.rewrite import Refusal, Rewriter, apply_rules, rule
 from qcompiler.scheme import Scheme
 from qcompiler.sites import Site
 from qcompiler.spec import is_float_const
-from qcompiler.views import CONV_OPS, LINEAR_OPS, as_linear, is_row
+from qcompiler.views import CONV_OPS, LINEAR_OPS, as_linear, is_row, through_transposes
 
 Parameters = tuple[Value, Value | None, Scheme]
 """Scale, zero point and scheme."""
@@ -220,6 +220,24 @@ def fuse_dequant_into_function(op: Op, rw: Rewriter) -> Value:
     return _make_codes(rw, "q.apply", operands, op.result, {**op.attrs, "fn": fn, "x_scheme": found[0][3]}, y)
 
 
+@rule("q.quantize")
+def requantize(op: Op, rw: Rewriter) -> Value:
+    """q.quantize(q.dequantize(c, s, z), t, u)  ->  q.apply(c, s, z, t, u) {fn = Concat}   of one operand: by a table"""
+    dq = rw.expect(op.operand(0), "q.dequantize")
+    if not is_activation(dq) or not is_activation(op) or same_parameters(op, dq):
+        raise rw.declined("no codes of another scale", quiet=True)
+    codes, scale, zero, scheme = _static(rw, op.operand(0))
+    if not codes.tensor.rank:
+        raise rw.declined("a scalar has no axis to join", quiet=True)
+    if not all(v is None or v.is_const for v in op.operands[1:]):
+        raise rw.declined(f"a scale of '{op.label}' is computed at run time")
+    attrs = {"fn": "Concat", "axis": 0, "x_scheme": scheme, "y_scheme": op.attrs["scheme"]}
+    operands = [codes, scale, zero, op.operand(1), op.operand(2)]
+    if rw.target is not None:
+        rw.require(*rw.target.why_not(request_for("q.apply", operands, attrs), rw.phases))
+    return rw.op("q.apply", *operands, type=op.result.type, **attrs)
+
+
 # -- what is left --------------------------------------------------------------------------------------------
 
 
@@ -239,27 +257,50 @@ def _readers(value: Value) -> list[Op]:
     return list(out)
 
 
-def name_islands(graph: Graph, ctx: Context, refusals: list[Refusal]) -> None:
+def _has_float_weight(op: Op) -> bool:
+    """A product of a weight that nobody quantized."""
+    return any(v is not None and is_float_const(through_transposes(v)[0]) for v in op.operands[:2])
+
+
+def _why_island(op: Op, dq: Op, given: bool) -> str:
+    """Why ``op``, which reads ``dq``, computes in float beside codes; empty where that is no fault, or no fate.
+
+    ``given``: the quantizes are the graph's own, so one whose codes nothing computes on stands there for good.
+    """
+    again = any(u.name == "q.quantize" for v in op.results for u in _readers(v))
+    if op.name in LINEAR_OPS or op.name in CONV_OPS:
+        floats = given and _has_float_weight(op)
+        return "its input is dequantized, and its weight was float in the source" if floats else ""
+    if again:
+        return "its input is dequantized and its result quantized again"
+    maker = dq.operands[0].owner if dq.operands[0] is not None else None
+    idle = given and maker is not None and maker.name == "q.quantize"
+    return "its input is quantized and dequantized, and its result is float" if idle else ""
+
+
+def name_islands(graph: Graph, ctx: Context, refusals: list[Refusal], *, given: bool = False) -> None:
     """Record each op that computes in float between codes as a skipped site, with the reason."""
     said = {r.op: r.reason.message for r in refusals}
     seen: set[Op] = set()
     for dq in [op for op in graph.walk() if op.name == "q.dequantize" and is_activation(op)]:
         for op in _readers(dq.result):
-            if op in seen or op.name.startswith("q.") or op.name in LINEAR_OPS or op.name in CONV_OPS:
+            if op in seen or op.name.startswith("q.") or not (how := _why_island(op, dq, given)):
                 continue
-            if any(u.name == "q.quantize" for v in op.results for u in _readers(v)):
-                seen.add(op)
-                what = op.name.rpartition(".")[2]
-                why = said.get(op.label) or f"{ctx.target or 'the target'} has no integer kernel for {what}"
-                reason = f"{why}: its input is dequantized and its result quantized again"
-                ctx.ledger.skip(ctx.ledger.add(Site(op.label, "float", 0, 0, 0)).name, reason)
+            seen.add(op)
+            what = op.name.rpartition(".")[2]
+            why = said.get(op.label) or f"{ctx.target or 'the target'} has no integer kernel for {what}"
+            ctx.ledger.skip(ctx.ledger.add(Site(op.label, "float", 0, 0, 0)).name, f"{why}: {how}")
 
 
 @dataclass(frozen=True)
 class FuseInteger(Pass):
-    """Fuse pairs into ops on codes by the target's kernel rows; name the float ops that are left between codes."""
+    """Fuse pairs into ops on codes by the target's kernel rows; name the float ops that are left between codes.
+
+    ``given`` says that the pairs came with the model: those that serve no integer kernel are named too.
+    """
 
     name: ClassVar[str] = "fuse-integer"
+    given: bool = False
 
     def run(self, graph: Graph, ctx: Context) -> None:
         rules = [
@@ -270,8 +311,9 @@ class FuseInteger(Pass):
             fuse_dequant_into_matmul,
             fuse_dequant_into_function,
             fold_requantize,
+            requantize,
         ]
         refusals: list[Refusal] = []
         apply_rules(graph, rules, target=ctx.target, phases=ctx.phases, log=refusals)
         ctx.refusals.extend(refusals)
-        name_islands(graph, ctx, refusals)
+        name_islands(graph, ctx, refusals, given=self.given)
