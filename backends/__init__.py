@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcompiler.errors import InputError
@@ -14,6 +15,17 @@ BACKENDS = {
     "ort-cpu": "qcompiler.backends.onnx.backend:OrtBackend",
     "ort-cuda": "qcompiler.backends.onnx.backend:OrtBackend",
 }
+
+
+def backend_for(path: Path) -> Backend:
+    """The backend whose artifacts end as ``path`` does, which must be a file; raises InputError."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    for name in BACKENDS:
+        backend = backend_of(name)
+        if backend.suffix == path.suffix:
+            return backend
+    raise InputError(f"{path} cannot be run: no target here makes {path.suffix or 'such'} files; give an .onnx file")
 
 
 def backend_of(target: str) -> Backend:

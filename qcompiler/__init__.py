@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcompiler.api import Artifact, compile, plan, verify
+    from qcompiler.benching import bench
     from qcompiler.errors import CalibrationError, Error, InputError, RecipeError, RejectedError
+    from qcompiler.evaluating import evaluate
     from qcompiler.planning import Plan
     from qcompiler.report.model import Report
 else:
@@ -39,7 +41,9 @@ __all__ = [
     "RejectedError",
     "Report",
     "__version__",
+    "bench",
     "compile",
+    "evaluate",
     "plan",
     "verify",
 ]
@@ -48,6 +52,8 @@ _HOMES = {
     **dict.fromkeys(("Artifact", "compile", "plan", "verify"), "qcompiler.api"),
     **dict.fromkeys(("CalibrationError", "Error", "InputError", "RecipeError", "RejectedError"), "qcompiler.errors"),
     "Plan": "qcompiler.planning",
+    "bench": "qcompiler.benching",
+    "evaluate": "qcompiler.evaluating",
     "Report": "qcompiler.report.model",
 }
 

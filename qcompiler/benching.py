@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.backends import BACKENDS, backend_of
-from qcompiler.backends.base import Backend, Case, Progress, Silent, Timed
+from qcompiler.backends import backend_for
+from qcompiler.backends.base import Case, Progress, Silent, Timed
 from qcompiler.errors import InputError
 from qcompiler.target import PHASES, Phase
 
@@ -190,7 +190,7 @@ def bench(
         opened: list[Timed] = []
         for path in map(Path, files):
             told.stage(f"open {path.name}")
-            timed = _backend(path).timed(path, count, dims or {}, folder)
+            timed = backend_for(path).timed(path, count, dims or {}, folder)
             stack.callback(timed.close)
             timed.prepare(chosen, batches, past)
             opened.append(timed)
@@ -208,7 +208,7 @@ def bench(
         "dims": dict(dims or {}),
         "load_before": round(load, 2),
     }
-    versions = _backend(Path(files[0])).versions()
+    versions = backend_for(Path(files[0])).versions()
     return Comparison(found, settings, versions, tuple(warnings + _noise(found)))
 
 
@@ -223,17 +223,6 @@ def core_count() -> int:
         except OSError:
             shared.add(str(cpu))
     return max(1, len(shared))
-
-
-def _backend(path: Path) -> Backend:
-    """The backend whose files end as ``path`` does; raises InputError."""
-    if not path.is_file():
-        raise InputError(f"there is no file {path}")
-    for name in BACKENDS:
-        backend = backend_of(name)
-        if backend.suffix == path.suffix:
-            return backend
-    raise InputError(f"{path.name} is no file that a runtime here runs; give an .onnx file")
 
 
 Rounds = dict[Case, list[tuple[float, ...]]]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-import json as jsonlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qcompiler.cli_session import ACCEPTED, FAULT, INTERRUPTED, REJECTED, command, complain, working
+from qcompiler.cli_measure import bench_command, eval_command
+from qcompiler.cli_options import JsonOpt, PhaseOpt, RecipeOpt, SetOpt, SkipOpt, SourceArg, TargetOpt
+from qcompiler.cli_session import ACCEPTED, FAULT, INTERRUPTED, REJECTED, command, complain, print_json, working
 from qcompiler.errors import InputError, RejectedError
 
 if TYPE_CHECKING:
@@ -25,24 +26,6 @@ app = typer.Typer(
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-SourceArg = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="An .onnx file, a model directory, or package.module:function.")
-]
-TargetOpt = Annotated[str, typer.Option("--target", "-t", metavar="T", help="NAME or NAME:ARCH; see 'targets'.")]
-RecipeOpt = Annotated[
-    str, typer.Option("--recipe", "-r", metavar="R", help="A name from 'recipes', a .toml file, or one line of passes.")
-]
-PhaseOpt = Annotated[
-    list[str], typer.Option("--phase", metavar="NAME=M", help="M rows reach a linear in this phase; repeatable.")
-]
-SetOpt = Annotated[
-    list[str], typer.Option("--set", metavar="PASS.KEY=VALUE", help="Change one option of the recipe; repeatable.")
-]
-SkipOpt = Annotated[
-    list[str], typer.Option("--skip", metavar="GLOB", help="Leave sites with such a name in float; repeatable.")
-]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output, and no progress.")]
 
 
 def _version(wanted: bool) -> None:
@@ -169,7 +152,7 @@ def plan(
             progress=progress,
         )
     if json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
         from qcompiler.cli_tables import print_plan
 
@@ -200,7 +183,7 @@ def inspect(
 
         write_page(html, file, found)
     if json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     elif text:
         sys.stdout.write(found.text())
     elif html is None:
@@ -225,6 +208,10 @@ def run_command(
         made = api.run_passes(given, recipe, target)
     sys.stdout.write(made)
     return ACCEPTED
+
+
+app.command("bench", short_help="Time files against each other.")(bench_command)
+app.command("eval", short_help="Measure quality against the float model.")(eval_command)
 
 
 @app.command()
@@ -253,7 +240,7 @@ def targets(json: JsonOpt = False) -> int:
 
     found = api.targets()
     if json:
-        _print_json([target_json(t) for t in found])
+        print_json([target_json(t) for t in found])
     else:
         print_targets(found)
     return ACCEPTED
@@ -268,7 +255,7 @@ def kernels(target: TargetOpt = "ort-cpu", json: JsonOpt = False) -> int:
 
     rows = api.kernels(target)
     if json:
-        _print_json([kernel_json(r) for r in rows])
+        print_json([kernel_json(r) for r in rows])
     else:
         print_kernels(rows)
     return ACCEPTED
@@ -293,10 +280,6 @@ def _finish(report: Report, json: bool) -> int:
 
         print_report(report)
     return ACCEPTED if report.accepted else REJECTED
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(jsonlib.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def _read(path: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import signal
 import sys
@@ -180,6 +181,11 @@ def _amount(done: int, total: int, unit: str) -> str:
 
         return f"{human_bytes(done)} of {human_bytes(total)}"
     return f"{done} of {total} {unit}"
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on standard output."""
+    sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager

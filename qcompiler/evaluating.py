@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from qcompiler.api import Artifact
-from qcompiler.backends import BACKENDS, backend_of
+from qcompiler.backends import backend_for
 from qcompiler.backends.base import Backend, Pair, PairSite, Progress, Silent
 from qcompiler.calibrate.data import open_data
 from qcompiler.calibrate.forms import WINDOWS, Encode
@@ -137,7 +137,7 @@ def evaluate(
         raise InputError(f"there is no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
     told = progress or Silent()
     path = file.path if isinstance(file, Artifact) else Path(file)
-    backend = _backend(path)
+    backend = backend_for(path)
     with ExitStack() as stack:
         told.stage("open the models")
         model, name = _float_model(backend, reference, told, stack)
@@ -199,17 +199,6 @@ def _encoder(reference: Any, file: Path) -> Encode:
             return encoder_beside(file)
         except InputError:
             raise first from None
-
-
-def _backend(path: Path) -> Backend:
-    """The backend whose files end as ``path`` does; raises InputError."""
-    if not path.is_file():
-        raise InputError(f"there is no file {path}")
-    for name in BACKENDS:
-        backend = backend_of(name)
-        if backend.suffix == path.suffix:
-            return backend
-    raise InputError(f"{path.name} is no file that a runtime here compares; give an .onnx file")
 
 
 def _summed(

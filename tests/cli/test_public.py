@@ -19,7 +19,9 @@ PUBLIC = {
     "RejectedError",
     "Report",
     "__version__",
+    "bench",
     "compile",
+    "evaluate",
     "plan",
     "verify",
 }

@@ -76,6 +76,7 @@ FLOORS: dict[str, int] = {
     "qcompiler.calibrate.histogram": 2,
     "qcompiler.calibrate.ranges": 2,
     "qcompiler.calibrate.observers": 2,
+    "qcompiler.calibrate.holdback": 2,
     "qcompiler.calibrate.data": 2,
     "qcompiler.calibrate.batching": 2,
     "qcompiler.calibrate.forms": 2,
