@@ -41,6 +41,7 @@ _CODES = f"{_EXACT}; requantized in f32, so a code may be off by one at a tie"
 _ROUNDED_BIAS = f"{_CODES}; the bias is rounded to int32 in steps of x scale times w scale"
 
 SLOW = "13 times as long as u8s8 at M=1, 5 to 13 times at M=128"
+SLOW_CONV = "4 to 20 times as long as u8u8"
 FLIPPED = "int8 weights are stored 128 higher, with zero point 128: the same numbers"
 
 
@@ -148,21 +149,22 @@ def _conv(kind: str, rank: int) -> list[KernelRow]:
 
 def _conv_dynamic(kind: str) -> KernelRow:
     """``ConvInteger`` multiplies weights by activations, in this order: no pair of products saturates for uint8
-    activations, whatever the weights are."""
+    activations, whatever the weights are. But x86 has no fast product of int8 with uint8, so int8 weights are stored
+    as uint8."""
     return _row(
         "q.conv_dyn",
         f"ConvInteger.{kind}",
         kind,
-        codes=frozenset({_NAMES[kind[-2]]}),
         entry=_MODULE + "conv:conv_integer",
         layout=_LAYOUT + "kernels",
         needs=_X86,
-        note="",
+        note=FLIPPED if kind == "u8u8" else SLOW_CONV,
         dynamic=True,
         x_zeros=frozenset({"int"}),
         one_zero=True,
         numerics=_FLOAT,
         opset=11,
+        rank=0 if kind == "u8u8" else 1,
     )
 
 
@@ -172,16 +174,15 @@ def _conv_float(kind: str) -> KernelRow:
         "q.conv",
         f"ConvInteger.{kind}.static",
         kind,
-        codes=frozenset({_NAMES[kind[-2]]}),
         entry=_MODULE + "conv:conv_integer_static",
         layout=_LAYOUT + "kernels",
         needs=_X86,
-        note="",
+        note=FLIPPED if kind == "u8u8" else SLOW_CONV,
         y_codes=frozenset({"float"}),
         one_zero=True,
         numerics=_FLOAT,
         opset=11,
-        rank=10,
+        rank=10 if kind == "u8u8" else 11,
     )
 
 
