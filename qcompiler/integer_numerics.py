@@ -7,7 +7,6 @@ operators of the same name (opset 22), for any number of spatial axes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -91,17 +90,17 @@ def convolve(x: Array, weight: Array, bias: Array | None, attrs: Mapping[str, An
     dilations = _ints(attrs, "dilations", d, 1)
     dilated = [(k - 1) * s + 1 for k, s in zip(kernel, dilations, strict=True)]
     pads = _pads(attrs, x.shape[2:], dilated, strides)
-    seen = _windows(x.astype(np.float64), kernel, strides, dilations, pads, 0.0)
-    out_size = seen.shape[2 : 2 + d]
-    rows = math.prod(kernel) * weight.shape[1]
-    out = np.empty((x.shape[0], weight.shape[0], *out_size))
-    each_in, each_out = weight.shape[1], weight.shape[0] // group
-    order = (0, *range(2, 2 + d), 1, *range(2 + d, 2 + 2 * d))
-    for g in range(group):
-        part = seen[:, g * each_in : (g + 1) * each_in].transpose(order).reshape(-1, rows)
-        w = weight[g * each_out : (g + 1) * each_out].astype(np.float64).reshape(each_out, rows)
-        y = (part @ w.T).reshape(x.shape[0], *out_size, each_out)
-        out[:, g * each_out : (g + 1) * each_out] = np.moveaxis(y, -1, 1)
+    wide = np.pad(x.astype(np.float64), [(0, 0), (0, 0), *((pads[i], pads[d + i]) for i in range(d))])
+    size = [(n - w) // s + 1 for n, w, s in zip(wide.shape[2:], dilated, strides, strict=True)]
+    out = np.zeros((x.shape[0], weight.shape[0], *size))
+    flat = out.reshape(x.shape[0], group, weight.shape[0] // group, -1)
+    factors = weight.astype(np.float64).reshape(group, weight.shape[0] // group, weight.shape[1], *kernel)
+    for offset in np.ndindex(*kernel):  # one tap of the kernel at a time: no window is copied
+        starts = [o * step for o, step in zip(offset, dilations, strict=True)]
+        cut = [slice(a, a + (n - 1) * s + 1, s) for a, n, s in zip(starts, size, strides, strict=True)]
+        part = wide[(slice(None), slice(None), *cut)]
+        seen = part.reshape(x.shape[0], group, weight.shape[1], -1)
+        flat += factors[(slice(None), slice(None), slice(None), *offset)] @ seen
     if bias is not None:
         out += bias.astype(np.float64).reshape(1, -1, *[1] * d)
     return out
