@@ -231,7 +231,10 @@ class Backend(ABC):
 
     @abstractmethod
     def quality(self, reference: Path, artifact: Path, data: Any) -> Quality | Finding | str:
-        """Float against compiled on the same inputs; the reason why they were not compared; or what went wrong."""
+        """Float against compiled on the same inputs; the reason why they were not compared; or what went wrong.
+
+        ``data`` is a :class:`qcompiler.calibrate.data.Data`, or None for made-up inputs.
+        """
 
     @abstractmethod
     def runner(self, graph: Graph, taps: Sequence[str]) -> AbstractContextManager[Run]:

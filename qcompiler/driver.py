@@ -322,6 +322,8 @@ def _compare(job: Job, captured: Captured, path: Path, data: Any) -> None:
     if floats > COMPARE_LIMIT:
         job.notes.append(f"quality: not compared, {floats / 2**30:.1f} GiB of float weights are over the limit")
         return
+    if data is None and job.calibrator is not None:
+        data = job.calibrator.data
     job.progress.stage("float against compiled")
     found = job.backend.quality(captured.reference, path, data)
     if isinstance(found, Finding):

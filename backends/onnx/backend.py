@@ -111,7 +111,7 @@ class OrtBackend(Backend):
             return "not compared: onnxruntime is not installed"
         from qcompiler.backends.onnx.quality import compare
 
-        return compare(reference, artifact)
+        return compare(reference, artifact, data)
 
     def runner(self, graph: Graph, taps: Sequence[str]) -> AbstractContextManager[Run]:
         if not _runtime():

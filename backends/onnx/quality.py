@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 
 from qcompiler.backends.onnx.feeds import made_up
 from qcompiler.backends.onnx.load import load_onnx
+from qcompiler.calibrate.data import Data
 from qcompiler.dtypes import Array
 from qcompiler.report.model import OutputQuality, Quality
 from qcompiler.verify.findings import Finding
@@ -16,14 +19,16 @@ from qcompiler.verify.findings import Finding
 ROWS = 32
 """Rows (tokens) of the made-up inputs."""
 SEEDS = 4
+BATCHES = 8
+"""Batches of data that are compared."""
 
 
-def compare(reference: Path, artifact: Path) -> Quality | Finding | str:
-    """Cosine, signal-to-noise and largest difference of every float output over made-up inputs.
+def compare(reference: Path, artifact: Path, data: Data | None = None) -> Quality | Finding | str:
+    """Cosine, signal-to-noise and largest difference of every float output, over ``data`` or over made-up inputs.
 
-    The inputs are random: for a language model they are random token ids, so the figures bound what the artifact does
-    rather than say how well it speaks. Returns the reason when the float model cannot be run on inputs of ours, and
-    a finding when it can but the artifact cannot.
+    Of data the first :data:`BATCHES` batches are taken. Made-up inputs are random: for a language model they are random
+    token ids, so the figures bound what the artifact does rather than say how well it speaks. Returns the reason when
+    the float model cannot be run on the inputs, and a finding when it can but the artifact cannot.
     """
     import onnxruntime as ort
 
@@ -33,9 +38,9 @@ def compare(reference: Path, artifact: Path) -> Quality | Finding | str:
         float_model = ort.InferenceSession(str(reference), options, providers=["CPUExecutionProvider"])
     except Exception as e:
         return f"not compared: the float model does not load in the runtime ({_first_line(e)})"
-    feeds, wanted = _run_float(float_model, reference)
+    feeds, wanted = _run_float(float_model, reference, data)
     if not feeds:
-        return "not compared: no made-up inputs that the float model takes"
+        return f"not compared: {'no made-up inputs' if data is None else data.label + ' has nothing'} that it takes"
     names = [o.name for o in float_model.get_outputs()]
     del float_model
     try:
@@ -55,13 +60,17 @@ def compare(reference: Path, artifact: Path) -> Quality | Finding | str:
     return Quality("cosine", outputs)
 
 
-def _run_float(session: Any, path: Path) -> tuple[list[dict[str, Array]], list[list[Any]]]:
-    """Inputs that the float model takes, one for each seed, and its outputs."""
+def _run_float(session: Any, path: Path, data: Data | None) -> tuple[list[dict[str, Array]], list[list[Any]]]:
+    """Inputs that the float model takes, batches of data or one for each seed, and its outputs."""
     graph = load_onnx(path)
     feeds: list[dict[str, Array]] = []
     outputs: list[list[Any]] = []
-    for seed in range(SEEDS):
-        for feed in made_up(graph, ROWS, seed):
+    if data is None:
+        candidates: Iterable[Iterable[dict[str, Array]]] = (made_up(graph, ROWS, seed) for seed in range(SEEDS))
+    else:
+        candidates = ([batch] for batch in islice(data.batches(graph.inputs), BATCHES))
+    for tried in candidates:
+        for feed in tried:
             try:
                 found = session.run(None, feed)
             except Exception:  # these inputs do not suit the model: the runtime says so in many ways

@@ -116,7 +116,7 @@ class Calibrator:
     def summary(self) -> str:
         """What was done with the data, in one clause for the report."""
         if not self.used:
-            return f"calibration: the recipe measures no activations, so {self.data.label} was not read"
+            return f"calibration: the recipe measures no activations; {self.data.label} served for the comparison alone"
         if not self.measurements:
             return f"calibration: all that {self.data.label} gives was measured before and came from the cache"
         times = "once" if self.measurements == 1 else f"{self.measurements} times"
