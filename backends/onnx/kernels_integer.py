@@ -16,8 +16,8 @@ What has no row, and why:
   - int8 activations that are quantized at run time: ``DynamicQuantizeLinear`` makes uint8.
   - convolutions whose channels have different zero points: the kernel refuses them.
   - ``QAttention``: it wants the projection weights of query, key and value joined, and gives floats.
-  - pools with dilations, or with ceil_mode where padding counts; softmax over another axis than the last, where
-    ``QLinearSoftmax`` wraps around instead of saturating.
+  - pools with dilations, or with ceil_mode where padding counts; softmax over another axis than the last, or
+    over one that may be short: ``QLinearSoftmax`` wraps around there.
   - the CUDA provider: it has none of these kernels.
 """
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from qcompiler import numerics
-from qcompiler.dtypes import Array, DType, dtype_of
+from qcompiler.dtypes import Array, dtype_of
+from qcompiler.integer_numerics import Integer, call, convolve, dynamic_params
 from qcompiler.ir import Attr, Graph, Op, TensorType, Value
-from qcompiler.payload import ArrayPayload, constant
+from qcompiler.payload import ArrayPayload
 from qcompiler.scheme import Scheme, parse_scheme
 from qcompiler.spec import check
 from tests.backends.onnx.proof import Seen, lower, run
@@ -42,9 +42,6 @@ class Case:
     arrays: list[Array | None]
     attrs: dict[str, Attr]
     inputs: tuple[int, ...] = (0,)
-    dynamic_shapes: bool = False
-    """Leave the inputs' leading dimension open."""
-    types: dict[int, DType] = field(default_factory=dict)
 
     @property
     def wanted(self) -> Array:
@@ -61,10 +58,7 @@ class Case:
         operands = [self._operand(graph, i, a) for i, a in enumerate(self.arrays)]
         while operands and operands[-1] is None:
             operands.pop()
-        shape: tuple[Any, ...] = want.shape
-        if self.dynamic_shapes and shape:
-            shape = ("m", *shape[1:])
-        made = graph.create(self.name, operands, self.attrs, [("y", TensorType(dtype_of(want.dtype), shape))])
+        made = graph.create(self.name, operands, self.attrs, [("y", TensorType(dtype_of(want.dtype), want.shape))])
         graph.add_output(made.result)
         check(graph)
         return graph
@@ -73,10 +67,7 @@ class Case:
         if array is None:
             return None
         if i in self.inputs:
-            shape: tuple[Any, ...] = array.shape
-            if self.dynamic_shapes and shape:
-                shape = ("m", *shape[1:])
-            return graph.add_input(f"x{i}", TensorType(dtype_of(array.dtype), shape))
+            return graph.add_input(f"x{i}", TensorType(dtype_of(array.dtype), array.shape))
         return graph.add_const(f"c{i}", ArrayPayload(np.array(array, order="C"), dtype_of(array.dtype)))
 
 
@@ -166,6 +157,7 @@ def conv(
     bias: bool = True,
     batch: int = 2,
     dynamic: bool = False,
+    coded: bool = True,
     attrs: Mapping[str, Attr] | None = None,
 ) -> Case:
     more = dict(attrs or {})
@@ -181,9 +173,11 @@ def conv(
     ]
     more |= {"scheme": ws, "x_scheme": xs, "site": "conv", "kernel_shape": tuple(kernel)}
     if dynamic:
-        given = rng.standard_normal((batch, channels, *size)).astype(np.float32)
         more["x_scheme"] = scheme("uint8 tensor asym dynamic")
-        return Case("q.conv_dyn", [given, *weight], more)
+        return Case("q.conv_dyn", [rng.standard_normal((batch, channels, *size)).astype(np.float32), *weight], more)
+    given = [codes(rng, xs, (batch, channels, *size)), scales(rng), zero(rng, xs), *weight]
+    if not coded:
+        return Case("q.conv", given, more)
     ys = more["y_scheme"] = scheme(x)
     terms = float(np.sqrt(np.prod([channels // group, *kernel])))
     result: list[Array | None] = [scales(rng, (), 0.02 * terms), zero(rng, ys)]
@@ -232,5 +226,81 @@ def apply(
     return Case("q.apply", arrays, more, tuple(inputs) or tuple(range(0, 3 * len(shapes), 3)))
 
 
-def const_of(array: Array) -> ArrayPayload:
-    return constant(array)
+# -- how right a kernel must be ------------------------------------------------------------------------------
+
+EPS = 2.0**-24
+EPS64 = 2.0**-26
+"""Of the sum of magnitudes: what the float64 reference itself may be off, in units of :data:`EPS`."""
+
+
+def exact(case: Case) -> tuple[Array, Array]:
+    """The result in float64 before it is rounded or quantized, and the magnitude of what is summed for each element.
+
+    A kernel adds codes in int32, which is exact, so the magnitude counts what it scales and adds in float32.
+    """
+    it = Integer(case.arrays, case.attrs, numerics.quantize, numerics.dequantize)
+    match case.name:
+        case "q.linear_static" | "q.linear_dyn":
+            x, first = (it.activation(0, "x_scheme"), 3) if case.name == "q.linear_static" else (it.dynamic(), 1)
+            bias = 0.0 if it.at(first + 3) is None else it.need(first + 3).astype(np.float64)
+            product = x @ it.weight(first).T
+            return product + bias, np.abs(product) + np.abs(bias) + EPS64 * (np.abs(x) @ np.abs(it.weight(first)).T)
+        case "q.conv" | "q.conv_dyn":
+            x, first = (it.activation(0, "x_scheme"), 3) if case.name == "q.conv" else (it.dynamic(), 1)
+            y = convolve(x, it.weight(first), it.at(first + 3), case.attrs)
+            bias = 0.0 if it.at(first + 3) is None else np.abs(it.need(first + 3)).max()
+            return y, np.abs(y) + 2 * bias + EPS64 * convolve(np.abs(x), np.abs(it.weight(first)), None, case.attrs)
+        case "q.matmul":
+            a, b = it.activation(0, "a_scheme"), it.activation(3, "b_scheme")
+            return a @ b, np.abs(a @ b) + EPS64 * (np.abs(a) @ np.abs(b))
+        case "q.apply":
+            xs = [it.activation(3 * i, "x_scheme") for i in range((len(case.arrays) - 1) // 3)]
+            y = call(str(case.attrs["fn"]), xs, case.attrs)
+            size = max(float(np.abs(x).max(initial=0.0)) for x in xs)
+            return y, np.abs(y) + size
+    raise AssertionError(case.name)
+
+
+def wrong(case: Case, got: Array) -> float:
+    """How far ``got`` is outside what the row allows, in units of that: at most 1 is right.
+
+    Floats: eight roundings of the magnitude (int32 to f32, two scales, their product, the bias, the result). Codes:
+    half a step of the real value, and those roundings in steps; an int32 bias adds half of its own step. Dynamic codes
+    of the activation may sit on the other side of a tie, since the reference chooses their scale in float64.
+    """
+    real, magnitude = exact(case)
+    assert got.shape == real.shape, (got.shape, real.shape)
+    slack = 8 * EPS * magnitude
+    if case.attrs.get("x_scheme") is not None and case.attrs["x_scheme"].dynamic:
+        slack = slack + _ties(case)
+    if "y_scheme" not in case.attrs:
+        return float((np.abs(got - real) / (slack + 1e-30)).max(initial=0.0))
+    scheme, place = case.attrs["y_scheme"], {"q.matmul": 6, "q.apply": len(case.arrays) - 2}.get(case.name, 7)
+    step, zero = (0.0 if a is None else float(a) for a in case.arrays[place : place + 2])
+    wanted = np.clip(real / step + zero, scheme.dtype.qmin, scheme.dtype.qmax)
+    allowed = 0.5 + 8 * EPS * (magnitude / step + abs(zero)) + _bias_step(case) / step
+    if case.attrs.get("fn") == "Softmax":
+        allowed = allowed + 1.0  # a table of exponentials, divided in integers: one code more or less
+    return float((np.abs(got - wanted) / allowed).max(initial=0.0))
+
+
+def _bias_step(case: Case) -> float:
+    """Half the largest step of an int32 bias: x scale times w scale."""
+    if case.name not in ("q.conv", "q.linear_static") or case.arrays[6] is None:
+        return 0.0
+    x_scale, w_scale = case.arrays[1], case.arrays[4]
+    assert x_scale is not None and w_scale is not None
+    return 0.5 * float(x_scale) * float(w_scale.max())
+
+
+def _ties(case: Case) -> Array:
+    """What the activations near a tie may add to the result, were each of them one step off."""
+    it = Integer(case.arrays, case.attrs, numerics.quantize, numerics.dequantize)
+    x = it.need(0)
+    scale, _ = dynamic_params(x, case.attrs["x_scheme"])
+    part = np.abs(x.astype(np.float64)) / float(scale)
+    near = (np.abs(part - np.floor(part) - 0.5) < 1e-4) * float(scale)
+    weight = np.abs(it.weight(1))
+    if case.name == "q.linear_dyn":
+        return np.asarray(near @ weight.T)
+    return convolve(near, weight, None, case.attrs)
