@@ -181,6 +181,8 @@ def bench(
         raise InputError("rounds and seconds both say how long to measure; give one")
     count = core_count() if threads is None else threads
     told = progress or Silent()
+    if not files:
+        raise InputError("there is no file to time")
     chosen, load = tuple(PHASES if phases is None else phases), os.getloadavg()[0]
     warnings = []
     if load > BUSY * (os.cpu_count() or 1):
@@ -264,8 +266,8 @@ def _enough(
 
 def _summed(timed: Timed, own: Rounds, first: Rounds) -> FileTimings:
     timings = []
-    for case, rounds in own.items():
-        speedup = None
+    for case in timed.cases:
+        rounds, speedup = own[case], None
         if own is not first and case in first:
             pairs = zip(first[case], rounds, strict=True)
             speedup = Spread.of([statistics.median(a) / statistics.median(b) for a, b in pairs])

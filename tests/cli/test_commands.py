@@ -15,7 +15,7 @@ from tests.cli.conftest import Run
 from tests.report.samples import decoder, rejected, small
 from tests.support import Golden
 
-COMMANDS = ("compile", "verify", "plan", "inspect", "run", "recipes", "targets", "kernels", "explain")
+COMMANDS = ("compile", "verify", "plan", "inspect", "run", "bench", "eval", "recipes", "targets", "kernels", "explain")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
