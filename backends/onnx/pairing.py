@@ -14,7 +14,7 @@ from qcompiler.backends.onnx.feeds import table_rows
 from qcompiler.backends.onnx.judge import session_of
 from qcompiler.backends.onnx.load import load_onnx
 from qcompiler.backends.onnx.running import running
-from qcompiler.backends.onnx.site_taps import SiteTap, site_taps
+from qcompiler.backends.onnx.sitewise import SiteTap, site_taps
 from qcompiler.backends.onnx.workload import Workload
 from qcompiler.dtypes import Array
 from qcompiler.errors import InputError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qcompiler.backends.onnx.site_taps import SiteTap, site_taps
+from qcompiler.backends.onnx.sitewise import SiteTap, site_taps
 from qcompiler.ir import Graph
 from qcompiler.reader import parse
 
