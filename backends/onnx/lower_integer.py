@@ -92,9 +92,9 @@ def dynamic_matmul_integer(op: Op, choice: Choice) -> Value:
 def _side(b: Builder, first: int, key: str) -> tuple[Value, Value, Value]:
     """Codes, scale and zero point of one operand; int8 constants beside uint8 codes are stored 128 higher."""
     scheme: Scheme = b.op.attrs[key]
-    codes, scale, zero = b.at(first), b.at(first + 1), b.zero(first + 2, scheme)
+    codes, scale = b.at(first), b.at(first + 1)
     if not (b.flips and codes.is_const and scheme.dtype.signed):
-        return codes, scale, zero
+        return codes, scale, b.zero(first + 2, scheme)
     side = "left" if first == 0 else "right"
     payload = b.payload(first, f"{side} operand")
     stored = b.derived(f"{side}_q8", payload, lambda c: layouts.kernels(c, flip=True), UINT8, payload.shape)

@@ -125,3 +125,24 @@ def _seconds(c: Array) -> float:
     start = time.perf_counter()
     layouts.blocks(c, 4, 128)
     return time.perf_counter() - start
+
+
+@FEW
+@given(st.integers(1, 40), st.integers(1, 60), st.booleans(), st.booleans(), st.integers(0, 9))
+def test_columns_and_kernels_and_their_inverses(n: int, k: int, signed: bool, flip: bool, seed: int) -> None:
+    c = codes(n, k, 8, signed=signed, seed=seed)
+    stored = layouts.columns(c, flip=flip)
+    assert stored.shape == (k, n)
+    assert stored.dtype == (np.uint8 if flip or not signed else np.int8)
+    np.testing.assert_array_equal(layouts.uncolumns(stored, signed=signed), c)
+    four = c.reshape(n, 1, k, 1)
+    np.testing.assert_array_equal(layouts.unkernels(layouts.kernels(four, flip=flip), signed=signed), four)
+    if flip and signed:
+        np.testing.assert_array_equal(stored.T.astype(np.int16) - 128, c)
+
+
+def test_codes_stored_higher_keep_their_shape() -> None:
+    for array in (np.asarray(np.int8(-128)), np.asarray([-1, 0, 127], np.int8), np.asarray(np.uint8(3))):
+        stored = layouts.higher(array)
+        assert stored.shape == array.shape
+        np.testing.assert_array_equal(layouts.lower(stored, signed=array.dtype == np.int8), array)
