@@ -50,7 +50,8 @@ class InsertActivationQdq(Pass):
 
     ``activations`` is per tensor, static (ranges come from the calibration data) or dynamic (from each input).
     ``observer`` says how a range is found: ``minmax``, ``percentile`` (``percentile`` of the values on either side),
-    ``mse`` or ``entropy``. With ``matmuls``, products of two activations run on codes as well (static only). ``match``
+    ``mse`` or ``entropy``. ``ends`` is what a convolution gives whose result only float ops read: floats lose nothing,
+    codes are faster. With ``matmuls``, products of two activations run on codes as well (static only). ``match``
     and ``skip`` are globs over site names; each must match something.
 
     Static: :mod:`qcompiler.placement` says where codes begin and end. A product in a subgraph, where ranges cannot be
@@ -61,9 +62,10 @@ class InsertActivationQdq(Pass):
     name: ClassVar[str] = "insert-activation-qdq"
     kind: ClassVar[Literal["exact", "lossy", "layout"]] = "lossy"
     activations: Scheme
-    observer: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
+    observer: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
     percentile: float = 99.99
     matmuls: bool = False
+    ends: Literal["floats", "codes"] = "codes"
     match: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
 
@@ -120,7 +122,7 @@ class InsertActivationQdq(Pass):
 
     def _insert_static(self, work: _Work, products: list[Product]) -> None:
         while True:
-            anchors = [Anchor(p.op, p.slots, p.site, makes_codes=p.kind == "conv") for p in products]
+            anchors = [Anchor(p.op, p.slots, p.site, self._makes(p, work.ctx)) for p in products]
             placement = Placement(work.graph, anchors, lambda op: self._capable(op, work))
             self._observe(work, [v for g in placement.groups for v in g.points])
             blind = [g for g in placement.groups if not any(work.ranges[v] for v in g.points)]
@@ -129,6 +131,15 @@ class InsertActivationQdq(Pass):
             products = self._without(blind, products, work)
         for group in placement.groups:
             self._place(group, work)
+
+    def _makes(self, product: Product, ctx: Context) -> Literal["floats", "codes", "wanted"]:
+        """What the kernel makes of ``product``."""
+        if product.kind != "conv":
+            return "floats"
+        if self.ends == "codes":
+            return "codes"
+        request = replace(product.request(self.activations), y=None)
+        return "wanted" if ctx.target is None or ctx.target.choose(request, ctx.phases) is not None else "codes"
 
     def _capable(self, op: Op, work: _Work) -> bool:
         """True where the target has an integer kernel for ``op`` as it stands."""

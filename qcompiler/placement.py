@@ -2,8 +2,9 @@
 
 Three kinds of place ask for codes or make them:
 
-- *anchors*: products whose weight is quantized. Their activations must be codes; a convolution's result must be codes
-  too (its integer kernel has no float result), a linear's may be.
+- *anchors*: products whose weight is quantized. Their activations must be codes. A linear's result stays float, unless
+  all that read it want codes; a convolution, whose kernel is best at making codes, makes them where something wants
+  codes, and a float result else (or codes always, where the target has no kernel with a float result).
 - *capable* ops, for which the target has an integer kernel (Add, Concat, Sigmoid ...): they run on codes where a codes
   value reaches them and their result is wanted as codes, else in float.
 - *movement* and clamps (:mod:`qcompiler.movement`), which run on whatever they are given.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qcompiler.ir import Graph, Op, Use, Value
 from qcompiler.movement import clamp, data_operands, movement_kind
@@ -29,12 +31,15 @@ from qcompiler.movement import clamp, data_operands, movement_kind
 
 @dataclass(frozen=True)
 class Anchor:
-    """A product with a quantized weight (or of two activations): ``slots`` are the operands that become codes."""
+    """A product with a quantized weight (or of two activations): ``slots`` are the operands that become codes.
+
+    ``makes`` says of its result whether it is made as codes: never, always, or where something wants codes.
+    """
 
     op: Op
     slots: tuple[int, ...]
     site: str
-    makes_codes: bool = False
+    makes: Literal["floats", "codes", "wanted"] = "floats"
 
 
 @dataclass
@@ -78,6 +83,7 @@ class Placement:
         self.graph = graph
         self.anchors = {a.op: a for a in anchors if a.op.graph is graph}
         self.integer: set[Op] = {op for op in graph if op not in self.anchors and capable(op)}
+        self.makers: set[Op] = {a.op for a in self.anchors.values() if a.makes != "floats"}
         self.codes: set[Value] = set()
         self._settle()
         self._joined: set[Use] = set()
@@ -87,7 +93,8 @@ class Placement:
     # -- what is codes ---------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Take capable ops away until each one left has codes before it and a reader of codes behind it."""
+        """Take capable ops away until each one left has codes before it and a reader of codes behind it; convolutions
+        that nobody wants codes of make floats."""
         order = list(self.graph)
         while True:
             self.codes = self._made(order)
@@ -97,16 +104,17 @@ class Placement:
                 for op in self.integer
                 if op.result in wanted and any(op.operand(i) in self.codes for i in activation_slots(op))
             }
-            if kept == self.integer:
+            makers = {op for op in self.makers if self.anchors[op].makes == "codes" or op.result in wanted}
+            if kept == self.integer and makers == self.makers:
                 return
-            self.integer = kept
+            self.integer, self.makers = kept, makers
 
     def _made(self, order: Sequence[Op]) -> set[Value]:
         """The values that some op makes as codes, and those that move behind them."""
         out: set[Value] = set()
         for op in order:
             if op in self.anchors:
-                if self.anchors[op].makes_codes:
+                if op in self.makers:
                     out.add(op.result)
             elif op in self.integer:
                 if any(op.operand(i) in out for i in activation_slots(op)):
@@ -202,7 +210,7 @@ class Placement:
     def _place_made(self, value: Value, group: Group) -> None:
         """A value that is made as codes: a pair on all of it, where it is read or moves in another way than whole."""
         maker = value.owner
-        if maker is not None and maker in self.anchors:
+        if maker is not None and maker in self.makers:
             group.anchors[self.anchors[maker].site] = None
         read = [u for u in value.uses if not passes(u)]
         if any(u not in self._joined for u in read):
