@@ -25,6 +25,8 @@ def fold_requantize(op: Op, rw: Rewriter) -> Value:
         if maker is None or codes.is_output or codes.graph is not op.graph or not maker.name.startswith("q."):
             raise rw.declined(f"'{op.label}' is an output of the graph, which keeps its name")
         rw.made.append(maker)  # what is made here takes the name of the output
+    elif codes.owner is not None and "y_scheme" in codes.owner.attrs and not codes.is_output:
+        rw.made.append(codes.owner)  # the kernel that gives the codes now: they keep the name that they had
     return codes
 
 

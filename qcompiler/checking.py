@@ -183,7 +183,8 @@ class CheckHook:
             if not found.fits:
                 raise self._failed(number, item, _pair_fault(q, dq, found))
             worst = max(worst, found, key=lambda g: g.ratio)
-        for q, dq, gap in self._activations(pair.after, live, whole=exact_range):
+        floats = opened(graph, {dq.result.name for _, dq in live})  # ranges were taken with weights quantized
+        for q, dq, gap in self._activations(floats, live, whole=exact_range):
             count += 1
             if not gap.fits:
                 raise self._failed(number, item, _pair_fault(q, dq, gap))

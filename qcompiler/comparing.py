@@ -16,7 +16,6 @@ from qcompiler.errors import InputError
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.numerics import evaluate
 from qcompiler.replay import chunked, computed_names, divergent, redefined, segment
-from qcompiler.scheme import Scheme
 from qcompiler.subgraph import reads
 
 CHUNK = 48
@@ -125,10 +124,8 @@ class Compared:
             chunk = [(v, *segment(self.after, v, self.known)) for v in values[at : at + CHUNK]]
             names = {v.name for v, _, _ in chunk} | {n for _, _, inputs in chunk for n in inputs}
             for value, _, _ in chunk:
-                maker = self.before.local(value.name)
-                assert maker is not None and maker.owner is not None
-                if _rounds(maker.owner):
-                    names |= {v.name for v in reads(maker.owner) if not v.is_const}
+                rounder, _ = self._rounder(value)
+                names |= set() if rounder is None else {v.name for v in reads(rounder) if not v.is_const}
             with self.runner(self.before, sorted(names)) as run:
                 was = run(feed)
             for value, made, inputs in chunk:
@@ -144,23 +141,39 @@ class Compared:
         with self.runner(made, sorted(live)) as run:
             found = run(given)
         now, old = found[value.name], was[value.name]
-        element = value.tensor.dtype
         relative = Rounding(made).relative(made.outputs[0])
-        if element is not None and element.is_integer and old.dtype.kind in "iu" and old.dtype.itemsize == 1:
-            maker = self.before.local(value.name)
-            assert maker is not None and maker.owner is not None
-            exact, scheme = _before_rounding(maker.owner, was)
-            slack = relative * (element.qmax - element.qmin)
-            gap = codes_differing(old, now, exact, slack, scheme)
-            if gap.fits:
+        rounder, dequantize = self._rounder(value)
+        scheme = None if rounder is None else rounder.attrs.get("y_scheme", rounder.attrs["scheme"])
+        whole = old.dtype.kind in "iu" and old.dtype.itemsize == 1
+        if not whole and (rounder is None or dequantize is None):
+            gap = differing(old, now, relative)
+            return gap if gap.fits else differing(old, now, relative, self._allowance(kernels, found, now.shape))
+        exact = None if rounder is None else _before_rounding(rounder, was)
+        slack = relative * (255 if scheme is None else scheme.dtype.qmax - scheme.dtype.qmin)
+        if dequantize is not None:
+            if (gap := differing(old, now, relative)).fits:
                 return gap
-            coders = [op for op in kernels if _gives_codes(op)]  # the errors of others are no steps
-            more = max((float(np.max(self._error(op, found))) for op in coders), default=0.0)
-            return codes_differing(old, now, exact, slack + more, scheme)
-        gap = differing(old, now, relative)
+            old, now = (_in_steps(dequantize, a) for a in (old, now))
+        gap = codes_differing(old, now, exact, slack, scheme)
         if gap.fits:
             return gap
-        return differing(old, now, relative, self._allowance(kernels, found, now.shape))
+        coders = [op for op in kernels if _gives_codes(op)]  # the errors of others are no steps
+        more = max((float(np.max(self._error(op, found))) for op in coders), default=0.0)
+        return codes_differing(old, now, exact, slack + more, scheme)
+
+    def _rounder(self, value: Value) -> tuple[Op | None, Op | None]:
+        """The op of the earlier graph that rounds to the codes which ``value`` is, and the dequantize behind it where
+        ``value`` is those codes in floats; (None, None) where it is neither."""
+        was = self.before.local(value.name)
+        maker = None if was is None else was.owner
+        if maker is not None and _rounds(maker):
+            return maker, None
+        if maker is None or maker.name != "q.dequantize" or maker.operands[0] is None:
+            return None, None
+        source = maker.operands[0].owner
+        constant = all(v is None or v.is_const for v in maker.operands[1:])
+        tensor = maker.attrs["scheme"].granularity == "tensor"
+        return (source, maker) if source is not None and _rounds(source) and constant and tensor else (None, None)
 
     def _allowance(self, kernels: Sequence[Op], found: Mapping[str, Array], shape: tuple[int, ...]) -> Array | float:
         """What the kernels of a segment may be off by: element by element where there is one that fits."""
@@ -192,10 +205,16 @@ def _result_slot(op: Op) -> int:
     return {"q.conv": 7, "q.linear_static": 7, "q.matmul": 6}.get(op.name, len(op.operands) // 3 * 3)
 
 
-def _before_rounding(op: Op, was: Mapping[str, Array]) -> tuple[Floats | None, Scheme | None]:
-    """The number that ``op`` rounds to a code, in steps with the zero point added, and the scheme of the code."""
-    if not _rounds(op):
-        return None, None
+def _in_steps(dequantize: Op, x: Array) -> Array:
+    """Dequantized values as their codes."""
+    scale, zero = (None if v is None or v.payload is None else v.payload.array() for v in dequantize.operands[1:3])
+    assert scale is not None
+    steps = np.rint(x.astype(np.float64) / float(scale)) + (0.0 if zero is None else float(zero))
+    return steps.astype(np.int64)
+
+
+def _before_rounding(op: Op, was: Mapping[str, Array]) -> Floats | None:
+    """The number that ``op`` rounds to a code, in steps with the zero point added; None where scales differ."""
     arrays: list[Array | None] = []
     for v in op.operands:
         payload = None if v is None or not v.is_const else v.payload
@@ -203,9 +222,9 @@ def _before_rounding(op: Op, was: Mapping[str, Array]) -> tuple[Floats | None, S
     if op.name == "q.quantize":
         scheme, y, slot = op.attrs["scheme"], arrays[0], 1
         if scheme.granularity != "tensor":
-            return None, None
+            return None
     else:
-        scheme, slot = op.attrs["y_scheme"], _result_slot(op)
+        slot = _result_slot(op)
         attrs = {k: v for k, v in op.attrs.items() if k != "y_scheme"}
         bare = [a if i < slot else None for i, a in enumerate(arrays)]
         if op.name == "q.apply":
@@ -214,4 +233,4 @@ def _before_rounding(op: Op, was: Mapping[str, Array]) -> tuple[Floats | None, S
     zero = arrays[slot + 1] if slot + 1 < len(arrays) else None
     assert y is not None
     middle = 0.0 if zero is None else float(zero)
-    return y.astype(np.float64) / float(arrays[slot]) + middle, scheme  # type: ignore[arg-type]
+    return y.astype(np.float64) / float(arrays[slot]) + middle  # type: ignore[arg-type]

@@ -260,11 +260,11 @@ def compile_to(job: Job, captured: Captured, out: Path, *, force: bool = False, 
     """
     graph = captured.graph
     with Staged(out) as staged:
-        run_recipe(job, graph)
+        kept = _run_checked(job, graph)
         if job.calibrator is not None:
             job.notes.append(job.calibrator.summary())
         settle(job)
-        writable = not any(op.name.startswith("q.") for op in graph.walk())
+        writable = kept and not any(op.name.startswith("q.") for op in graph.walk())
         if writable:
             staged.beside(".data")
             writable = _write(job, captured, staged.main, data)
@@ -278,6 +278,16 @@ def compile_to(job: Job, captured: Captured, out: Path, *, force: bool = False, 
     if not final.accepted:
         raise RejectedError(rejection(final), final)
     return final
+
+
+def _run_checked(job: Job, graph: Graph) -> bool:
+    """Run the recipe; False where a pass broke its promise, which is a rejection."""
+    try:
+        run_recipe(job, graph)
+    except CheckFailed as e:
+        stop(job, e)
+        return False
+    return True
 
 
 def _write(job: Job, captured: Captured, path: Path, data: Any) -> bool:

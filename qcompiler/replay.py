@@ -7,7 +7,7 @@ earlier graph computed, it shows what the pass did there, and nothing that happe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 
 import numpy as np
 
@@ -101,12 +101,15 @@ def pairs(graph: Graph) -> Iterator[tuple[Op, Op]]:
             yield maker, op
 
 
-def opened(graph: Graph) -> Graph:
-    """A copy in which nothing reads a dequantized value that was quantized just before: it reads the float instead."""
+def opened(graph: Graph, only: Set[str] | None = None) -> Graph:
+    """A copy in which nothing reads a dequantized value that was quantized just before: it reads the float instead.
+
+    ``only`` names the dequantized values that are meant; None means all.
+    """
     made = duplicate(graph)
     for quantize, dequantize in list(pairs(made)):
         x = quantize.operand(0)
-        if x is not None:
+        if x is not None and (only is None or dequantize.result.name in only):
             dequantize.result.replace_uses(x)
     return made
 
