@@ -17,7 +17,7 @@ from qcompiler.backends.onnx.judge import NO_SITES
 from qcompiler.backends.onnx.nodes import DEFAULT, MS, low_bit
 from qcompiler.dtypes import Array
 from qcompiler.ir import Graph, Op, Value
-from qcompiler.verify.op_kinds import is_product
+from qcompiler.verify.op_kinds import MOVES, is_product
 
 RESULT_SCALE = {
     DEFAULT + "QLinearMatMul": 6,
@@ -69,11 +69,30 @@ def site_taps(reference: Graph, artifact: Graph) -> list[SiteTap]:
 
 
 def _nodes(reference: Graph) -> dict[str, Op]:
-    """The ops at the top of the reference by name; products also by the module that they belong to alone."""
+    """The ops at the top of the reference by name; products also by what belongs to them alone: their module and
+    their weight, with and without ``.weight`` behind it, since sites are called like these."""
     products = [op for op in reference.walk() if is_product(op) and op.graph is reference]
-    modules = Counter(op.loc.scope for op in products)
-    found = {op.loc.scope: op for op in products if modules[op.loc.scope] == 1}
+    names = [(name, op) for op in products for name in dict.fromkeys((op.loc.scope, *_weight_names(op)))]
+    count = Counter(name for name, _ in names)
+    found = {name: op for name, op in names if count[name] == 1}
     return found | {op.label: op for op in reference.walk() if op.graph is reference}
+
+
+def _weight_names(op: Op) -> list[str]:
+    """The names of the constants that ``op`` multiplies by, seen through what only moves or dequantizes them."""
+    out = []
+    for value in op.operands[:2]:
+        while (
+            value is not None and value.owner is not None and (value.owner.name in MOVES or _dequantizes(value.owner))
+        ):
+            value = value.owner.operand(0)
+        if value is not None and value.is_const:
+            out += [value.name, value.name.removesuffix(".weight")]
+    return out
+
+
+def _dequantizes(op: Op) -> bool:
+    return op.name.endswith("DequantizeLinear")
 
 
 def _is_site(op: Op) -> bool:
@@ -88,7 +107,7 @@ def _is_weight(value: Value | None) -> bool:
     if value is None or value.is_const:
         return value is not None and len(value.tensor.shape or ()) >= 2
     maker = value.owner
-    return maker is not None and maker.name.endswith("DequantizeLinear") and _is_weight(maker.operand(0))
+    return maker is not None and _dequantizes(maker) and _is_weight(maker.operand(0))
 
 
 def _place(tap: SiteTap, op: Op, reference: Graph, nodes: dict[str, Op], kept: set[str]) -> None:
@@ -138,10 +157,13 @@ def _forward(value: Value) -> list[Value]:
 
 
 def _absorbed(value: Value, kept: set[str]) -> Value:
-    """The last value along single readers that the artifact has no op for."""
+    """The last value along single readers that the artifact has no op for; constants alone may join on the way."""
     while len(value.uses) == 1 and value.users and not value.is_output:
         op = value.users[0]
+        others = [v for v in op.operands if v is not None and v is not value]
         if op.label in kept or is_product(op) or len(op.results) != 1 or op.regions:
+            break
+        if not all(v.is_const for v in others):
             break
         value = op.results[0]
     return value

@@ -77,6 +77,19 @@ def test_codes_by_node_and_the_constants_of_the_kernel() -> None:
     assert tap.as_float(codes).tolist() == [[-0.5, 0.0, 63.25]]
 
 
+def test_by_the_name_of_the_weight() -> None:
+    """A site is called like its weight where nothing else names it."""
+    (tap,) = taps(
+        f"""{WEIGHT}
+  %c : uint8[1, 6] = onnx.QLinearMatMul(%xq, %s, %yz, %q, %s, %z, %ys, %yz) loc("w")
+  %r : uint8[1, 6] = onnx.Relu(%c) loc("act")
+  %d : f32[1, 6] = onnx.DequantizeLinear(%r, %ys, %yz)
+  %y : f32[1, 6] = onnx.Sigmoid(%d) loc("end")
+  return %y"""
+    )
+    assert (tap.name, tap.tensor, tap.got.name) == ("w", "a", "c")
+
+
 def test_what_another_value_flows_into_is_not_the_site_s() -> None:
     """A residual sum behind the product is another tensor, whatever it is called."""
     (tap,) = taps(
