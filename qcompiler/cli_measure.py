@@ -230,7 +230,8 @@ def eval_parts(found: Evaluation, width: int) -> list[RenderableType]:
         columns = ("output", "cosine", "of the worst sample", "SQNR dB", "largest difference")
         parts += [table(columns, rows, width=width, right=columns[1:], keep=columns), Text("")]
     parts += map(Text, _score_lines(found))
-    parts += [Text(f"not computed: {metric}: {why}") for metric, why in found.left_out.items()]
+    for why in dict.fromkeys(found.left_out.values()):
+        parts.append(Text(f"not computed: {', '.join(m for m, w in found.left_out.items() if w == why)}: {why}"))
     parts += [Text(f"note: {note}") for note in found.notes]
     if found.sites:
         parts += [Text(""), *_site_parts(found.sites, width)]

@@ -18,6 +18,7 @@ LABELS = ("label", "labels")
 """Arrays of the data that hold the true classes, where the model has no input of that name."""
 SCORE_WORDS = ("logit", "prob", "score", "label", "class")
 """An output whose name holds one of these has class scores along its last axis."""
+NO_IDS = "the model takes no token ids, so it is no language model"
 CAUSAL = 1e-3
 """How much earlier logits may differ, of the largest, when the last token changes: rounding of float16 kernels."""
 
@@ -66,11 +67,13 @@ class Readings:
 
     def _begin(self, feed: Mapping[str, Array], want: Mapping[str, Array], got: Mapping[str, Array]) -> None:
         reasons = {"top1": self.why_none, "kl": self.why_none, "ppl": self.why_none}
+        if self.pair.ids is None:
+            reasons["ppl"] = NO_IDS
         if self.scores is not None:
             likely = want[self.scores.name]
             if likely.ndim < 2 or likely.shape[-1] < 2:
                 text = f"output {self.scores.name} has shape {list(likely.shape)}, which holds no classes"
-                reasons = dict.fromkeys(reasons, text)
+                reasons = {metric: reason or text for metric, reason in reasons.items()}
             else:
                 reasons["ppl"] = self._why_no_perplexity(feed, likely)
                 both = are_probabilities(likely) and are_probabilities(got[self.scores.name])
@@ -92,7 +95,7 @@ class Readings:
     def _why_no_perplexity(self, feed: Mapping[str, Array], logits: Array) -> str:
         ids = self.pair.ids
         if ids is None:
-            return "the model takes no token ids, so it is no language model"
+            return NO_IDS
         if logits.ndim != 3:
             return f"output {self.scores.name if self.scores else ''} has rank {logits.ndim}; next tokens need rank 3"
         tokens = feed[ids.name]
@@ -166,8 +169,10 @@ def score_output(pair: Pair, name: str | None) -> tuple[Output | None, str]:
     for found in (over, said, flat):
         if len(found) == 1:
             return found[0], ""
-    which = f"which of {', '.join(o.name for o in said or flat)} holds class scores" if said or flat else ""
-    return None, f"{which or 'that an output holds class scores'} cannot be seen; name one with --output"
+    if said or flat:
+        names = ", ".join(o.name for o in said or flat)
+        return None, f"which of {names} holds class scores cannot be seen; name one with --output"
+    return None, "no output is seen to hold class scores; name one with --output"
 
 
 def label_names(pair: Pair) -> tuple[str, ...]:
