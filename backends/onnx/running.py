@@ -7,6 +7,8 @@ constants is computed once and becomes a constant.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +61,9 @@ class Program:
                 outputs = [r for op in host for r in op.results if r in later]
                 self.steps.append(Step(graph, host, outputs, self.folded, folder / f"part{number}.onnx"))
             self.steps += ours
+        for step in self.steps:
+            if isinstance(step, Step):
+                step.alone = len(self.steps) == 1
         self.last = self._last_uses()
 
     def _last_uses(self) -> list[list[Value]]:
@@ -81,6 +86,8 @@ class Program:
                 known.update(zip(step.results, self._evaluated(step, known), strict=True))
             for value in done:
                 known.pop(value, None)
+        if len(self.steps) > 1:
+            give_back()
         return {v.name: self._array(v, known) for v in self.wanted}
 
     def _fed(self, given: Mapping[str, Array]) -> dict[Value, Array]:
@@ -106,6 +113,13 @@ class Program:
         )
 
 
+def give_back() -> None:
+    """Return freed memory to the system where the C library can: holes that big arrays leave add up from run to run."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
 class Step:
     """A part of the graph that the runtime runs; it is opened when it is first run."""
 
@@ -115,6 +129,8 @@ class Step:
         self.outputs, self.path = outputs, path
         self.part, self.inputs = part(graph, ops, outputs, folded)
         self.session: Any = None
+        self.alone = False
+        """It is the only step."""
 
     def run(self, known: Mapping[Value, Array]) -> list[Any]:
         if self.session is None:
@@ -141,7 +157,8 @@ class Step:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.enable_cpu_mem_arena = False  # it keeps the sum of all peaks
+        # One arena is filled alike by every batch and stays as it is; many would keep the sum of their peaks.
+        options.enable_cpu_mem_arena = self.alone
         options.enable_mem_pattern = False  # it plans for shapes that change with every batch
         try:
             self.session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])

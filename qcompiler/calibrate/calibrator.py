@@ -105,8 +105,10 @@ class Calibrator:
             for batch in self.data.batches(graph.inputs):
                 found = run(batch)
                 for name, observers in wanted.items():
+                    x = found.pop(name)  # what was seen makes room before the next batch needs it
                     for observer in observers:
-                        self._show(observer, name, found[name])
+                        self._show(observer, name, x)
+                del found, x
                 done += 1
                 self.told(done, max(done, self.data.count or 0), "batches")
         if not done:
