@@ -11,7 +11,7 @@ import pytest
 from qcompiler import recipe
 from qcompiler.backends.onnx import kernels
 from qcompiler.backends.onnx.running import running
-from qcompiler.calibrate.calibrator import Calibrator
+from qcompiler.calibrate.calibrator import Calibrator, Planned
 from qcompiler.calibrate.data import open_data
 from qcompiler.ir import Graph
 from qcompiler.pipeline import Context, run
@@ -29,10 +29,11 @@ def header(text: str, key: str) -> str | None:
 
 
 def calibration(graph: Graph, text: str) -> Calibrator | None:
-    """``# calibration: normal SEED``: four batches of standard normal inputs, symbolic sizes being 6."""
+    """``# calibration: normal SEED``: four batches of standard normal inputs, symbolic sizes being 6; ``planned``:
+    every value lies in -1..1."""
     kind = header(text, "calibration")
-    if kind is None:
-        return None
+    if kind is None or kind == "planned":
+        return None if kind is None else Planned()
     rng = np.random.default_rng(int(kind.removeprefix("normal ")))
     shapes = {v.name: [d if isinstance(d, int) else 6 for d in v.tensor.shape or ()] for v in graph.inputs}
     batches = [{n: rng.standard_normal(s, dtype=np.float32) for n, s in shapes.items()} for _ in range(4)]
