@@ -14,6 +14,7 @@ from typing import Any
 
 import qcompiler
 from qcompiler import checking, debug
+from qcompiler import recipe as recipes
 from qcompiler.backends import backend_of
 from qcompiler.backends.base import Backend, Captured, Progress, Silent
 from qcompiler.calibrate.cache import Cache
@@ -23,13 +24,18 @@ from qcompiler.checking import CheckedPass, CheckFailed, CheckHook
 from qcompiler.errors import BadWeights, RecipeError, RejectedError
 from qcompiler.fileio import Staged
 from qcompiler.ir import Graph
+from qcompiler.passes.lower_qdq import FORETOLD
 from qcompiler.pipeline import Context, Hook, Pass, PassFailed, run
 from qcompiler.recipe import Recipe
 from qcompiler.report.model import ArtifactInfo, Quality, RecipeInfo, Report, Source, Timing
+from qcompiler.scheme import Scheme
 from qcompiler.target import PHASES, Phase, Target
 from qcompiler.verify.evidence import EvidenceResult
 from qcompiler.verify.findings import Finding
 
+FORMATS = ("fused", "qdq")
+FUSING = frozenset({"fuse-embedding", "fuse-integer", "fuse-linear", "choose-layout"})
+"""The passes that choose a kernel; in standard ONNX the runtime does that."""
 COMPARE_LIMIT = 512 << 20
 """Bytes of float weights above which the float model is not run beside the artifact."""
 
@@ -67,15 +73,19 @@ def start(target: str, recipe: Recipe, phases: Sequence[Phase] | None, progress:
 
 
 def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of passes, and of the emission (``emit.external``); raises RecipeError for an unknown one of those."""
+    """Settings of passes, and of the emission (``emit.external``, ``emit.format``); raises RecipeError for others."""
     passes: dict[str, Any] = {}
     emission: dict[str, Any] = {}
     for path, value in settings.items():
         head, _, key = path.partition(".")
         if head != "emit":
             passes[path] = value
+        elif key == "format":
+            if value not in FORMATS:
+                raise RecipeError(f"emit.format is {' or '.join(FORMATS)}, not {value!r}")
+            emission[key] = value
         elif key != "external":
-            raise RecipeError(f"the emission has no option {key!r}; it takes external")
+            raise RecipeError(f"the emission has no option {key!r}; it takes external and format")
         elif value not in (True, False, "true", "false"):
             raise RecipeError(f"emit.external is true or false, not {value!r}")
         else:
@@ -83,11 +93,24 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     return passes, emission
 
 
+def for_format(recipe: Recipe, emission: Mapping[str, Any]) -> Recipe:
+    """``recipe`` for ``emit.format``: with ``qdq``, lower-qdq stands in the place of the passes that fuse and lower."""
+    if emission.get("format", "fused") == "fused":
+        return recipe
+    at = next((i for i, p in enumerate(recipe.passes) if p.name in FUSING), len(recipe.passes))
+    passes = [p for p in recipe.passes if p.name not in FUSING]
+    passes.insert(at, recipes.make_pass("lower-qdq", {}))
+    return Recipe(f"{recipe.name} (qdq)", tuple(passes), recipe.description)
+
+
 def capture(job: Job, source: Any, args: Any = None, dynamic_shapes: Any = None) -> Captured:
     """The source as a graph; its time goes to the report."""
     begin = time.perf_counter()
     job.progress.stage("capture")
     captured = job.backend.capture(source, args, dynamic_shapes, job.progress)
+    if job.emission.get("format") == "qdq":
+        narrow = any(v.bits < 4 for p in job.recipe.passes for v in vars(p).values() if isinstance(v, Scheme))
+        captured.graph = job.backend.raised(captured.graph, 25 if narrow else 21, "emit.format=qdq")
     job.timed("capture", begin)
     return captured
 
@@ -143,8 +166,11 @@ def calibrate_with(job: Job, data: Data) -> None:
     job.ctx.calibration = job.calibrator
 
 
-def settle(job: Job) -> None:
-    """Every site that is still pending was not fused: say so, with the reason its rule gave (law L2)."""
+def settle(job: Job, graph: Graph | None = None) -> None:
+    """Every site that is still pending was not fused: say so, with the reason its rule gave (law L2).
+
+    ``graph``: the lowered graph, in which no ``q.*`` op may be left that no site accounts for.
+    """
     reasons = {r.site: r.reason for r in job.ctx.refusals if r.site and r.rule.startswith("fuse_dequant")}
     for site in job.ctx.ledger:
         if site.status != "pending":
@@ -155,6 +181,11 @@ def settle(job: Job) -> None:
         code, fix = (reason.code, reason.fix) if reason else ("", "")
         message = f"{site.op} {site.n}x{site.k} <{site.scheme}> is left unfused"
         job.ctx.findings.append(Finding(code or "QC101", site.name, message, site.reason, fix))
+    if graph is not None and not any(f.severity == "error" for f in job.ctx.findings):
+        for op in graph.walk():
+            if op.name.startswith("q."):
+                message = f"{op.name} is left, and no site accounts for it"
+                job.ctx.findings.append(Finding("QC101", op.label, message, "no kernel of the target took it"))
 
 
 def account(job: Job, graph: Graph) -> None:
@@ -200,6 +231,10 @@ def weigh(job: Job, result: EvidenceResult) -> None:
             message = "the runtime ran the artifact, and no node of it stands for this site"
             fix = "see whether the runtime can reach the node; 'qcompiler inspect' shows the graph"
             job.ctx.findings.append(Finding("QC106", site.name, message, "", fix, severity="warning"))
+        if site.stats.get(FORETOLD):
+            site.kernel = {n.phase: n.kernel for n in seen if n.kernel and n.phase}
+            if not seen:
+                site.status, site.reason = "unfused", "no kernel is known that reads its codes"
         bad = [n for n in seen if n.verdict != "fused"]
         if bad:
             site.status = "unfused"
@@ -263,7 +298,7 @@ def compile_to(job: Job, captured: Captured, out: Path, *, force: bool = False, 
         kept = _run_checked(job, graph)
         if job.calibrator is not None:
             job.notes.append(job.calibrator.summary())
-        settle(job)
+        settle(job, graph if kept else None)
         writable = kept and not any(op.name.startswith("q.") for op in graph.walk())
         if writable:
             staged.beside(".data")

@@ -17,7 +17,7 @@ from qcompiler.payload import computed, constant
 from qcompiler.rewrite import Declined, Rewriter, rule
 from qcompiler.scheme import Scheme
 from qcompiler.spellings.expressions import settle
-from qcompiler.spellings.parts import is_float, once, permuted_shape
+from qcompiler.spellings.parts import code_type, is_float, nought, once, permuted_shape
 from qcompiler.spellings.qdq import DEQUANTIZE, QUANTIZE
 from qcompiler.target import Request
 from qcompiler.views import LinearView, as_linear
@@ -90,8 +90,8 @@ def drop_wide_pair(op: Op, rw: Rewriter) -> Value:
     """DequantizeLinear(QuantizeLinear(x)) of 16-bit codes  ->  clip(x)   moves a value by at most half a step"""
     codes = op.operand(0)
     q = None if codes is None else codes.owner
-    element = None if codes is None else codes.tensor.dtype
-    if q is None or q.name not in QUANTIZE or element is None or element.bits != 16 or op.result.is_output:
+    element = None if codes is None else code_type(codes, op.operand(2))
+    if q is None or q.name not in QUANTIZE or element is None or element.bits != 16:
         raise rw.declined("no pair of 16-bit codes", quiet=True)
     if settle(rw, q.operands[1]) is not settle(rw, op.operands[1]):  # type: ignore[arg-type]  # a pair has scales
         raise rw.declined(f"'{q.label}' and '{op.label}' have different scales", code="QC201")
@@ -392,6 +392,33 @@ def dequantize_single(op: Op, rw: Rewriter) -> Value:
     return rw.op("onnx.Cast", y, type=op.result.type, to=HALF_CODE)
 
 
+@rule("onnx.Add", "onnx.Mul", "onnx.Concat")
+def agree_on_zeros(op: Op, rw: Rewriter) -> Value:
+    """add(q.dequantize(a, s), q.dequantize(b, t, z))  ->  add(q.dequantize(a, s, 0), q.dequantize(b, t, z))
+
+    Kernels that join codes want them alike: all with a zero point, or none.
+    """
+    dqs = [None if v is None else v.owner for v in op.operands]
+    if not all(d is not None and d.name == "q.dequantize" for d in dqs):
+        raise rw.declined("not all of it is codes", quiet=True)
+    schemes: list[Scheme] = [d.attrs["scheme"] for d in dqs if d is not None]
+    if len({s.dtype for s in schemes}) > 1 or len({s.symmetric for s in schemes}) == 1:
+        raise rw.declined("their codes are alike, or of other types", quiet=True)
+    if any(s.granularity != "tensor" for s in schemes):
+        raise rw.declined("not scaled per tensor", quiet=True)
+    alike = []
+    for value, dq in zip(op.operands, dqs, strict=True):
+        assert dq is not None and dq.operands[1] is not None
+        scheme: Scheme = dq.attrs["scheme"]
+        if not scheme.symmetric:
+            alike.append(value)
+            continue
+        zero = nought(rw, dq.operands[1], scheme.dtype, ())
+        attrs = {**dq.attrs, "scheme": replace(scheme, symmetric=False, zero="int")}
+        alike.append(rw.op("q.dequantize", *dq.operands[:2], zero, type=dq.result.type, **attrs))
+    return rw.op(op.name, *alike, type=op.result.type, **op.attrs)
+
+
 RULES = (
     drop_wide_pair,
     quantize_single,
@@ -403,5 +430,5 @@ RULES = (
     lift_bfloat,
     refit_weight,
 )
-LAST = (dequantize_single,)
+LAST = (dequantize_single, agree_on_zeros)
 """For what the others have left."""
