@@ -101,15 +101,21 @@ def judge_run(alone: Alone, run: Mapping[str, Any], result: Array, *, packed: bo
     with np.errstate(invalid="ignore", over="ignore"):  # a weight may hold infinities
         wanted = expected(node, alone.operands, alone.n)
     verdict: Verdict = "fused"
-    if run["unpacked"] or (temp >= whole and temp > _activations(alone)):
+    if run["unpacked"] or (temp >= whole and temp > _activations(alone, result)):
         verdict = "dequant"
     if wanted is not None and not _within(wanted.value, wanted.bound, result, facts):
         verdict = "wrong"
     return Measured(verdict, facts)
 
 
-def _activations(alone: Alone) -> int:
-    """Bytes that copies of the activation may take: int8 or f32, with its block scales, aligned."""
+def _activations(alone: Alone, result: Array) -> int:
+    """Bytes that copies of the activation may take: int8 or f32, with its block scales, aligned.
+
+    A convolution has one for each window, of every group, and sums and results in two orders.
+    """
+    if alone.node.kind == "conv":
+        windows = result.size // max(1, alone.n) * alone.node.k * alone.node.attr("group", 1)
+        return 2 * windows + 8 * result.size + 16384
     return alone.m * alone.node.k * 8 + 4096
 
 

@@ -22,6 +22,7 @@ from qcompiler.backends.onnx.kernels import detect_features
 from qcompiler.backends.onnx.load import load_onnx
 from qcompiler.backends.onnx.nodes import low_bit
 from qcompiler.backends.onnx.opening import Names, Opened, constant_bytes, open_big, open_small
+from qcompiler.backends.onnx.pointwise import FUNCTIONS, PointwiseProber
 from qcompiler.backends.onnx.promised import check_promised
 from qcompiler.backends.onnx.values import check_values
 from qcompiler.backends.onnx.worker import Worker
@@ -36,6 +37,12 @@ MAX_BYTES = 256 << 20
 """Bytes of constants above which an artifact is not opened whole."""
 COMPARE_BYTES = 64 << 20
 """Bytes of constants above which the optimizer's work is not compared with the unoptimized graph."""
+
+NOTHING = "the model holds nothing quantized: there is nothing to judge"
+
+
+def _holds_nothing(source: Graph, static: Judgement) -> bool:
+    return not static.nodes and not static.findings and not any(op.name in FUNCTIONS for op in source.walk())
 
 
 @dataclass
@@ -91,8 +98,8 @@ class OrtEvidence(EvidenceCollector):
         if self.target.name != "ort-cpu":
             _read_only(out, f"{self.target} is not here: the verdict rests on its kernel rows")
             return out
-        if not static.nodes and not static.findings:
-            out.result.notes.append("the model holds nothing quantized: there is nothing to judge")
+        if _holds_nothing(source, static):
+            out.result.notes.append(NOTHING)
         with tempfile.TemporaryDirectory(prefix="qcompiler.evidence.") as folder:
             if self.worker is not None:
                 self._run(out, path, self.worker, Path(folder))
@@ -124,6 +131,10 @@ class OrtEvidence(EvidenceCollector):
             result.findings += _replaced(out, names)
         self._chip(out)
         self._probe(out, Prober(worker, folder, session))
+        ran = out.final.graph
+        seen, wrong = PointwiseProber(worker, folder).check(ran, {op: names.of(op) for op in ran.walk()})
+        result.nodes += seen
+        result.findings += wrong
         _whole_run(out, opened)
         if size <= COMPARE_BYTES and not any(f.severity == "error" for f in out.final.findings + result.findings):
             result.findings += compare(path, out.source, opened, worker, folder)
@@ -313,8 +324,8 @@ def verify_file(
         seen = Inspection(source, static, static, EvidenceResult("static"))
         _read_only(seen, "nothing was run: the verdict rests on kernel rows and foretold fusions")
         seen.result.findings += check_values(source) + check_folded(source, source)
-        if not static.nodes and not static.findings:
-            seen.result.notes.append("the model holds nothing quantized: there is nothing to judge")
+        if _holds_nothing(source, static):
+            seen.result.notes.append(NOTHING)
     sites = seen.sites
     seen.result.findings += check_promised(path, seen.source, {s.name for s in sites})
     seen.result.findings = list(dict.fromkeys(seen.result.findings))

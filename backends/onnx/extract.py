@@ -35,8 +35,9 @@ PROBED = frozenset(
         "DynamicQuantizeMatMul",
         "MatMulIntegerToFloat",
         "QGemm",
+        "QLinearConv",
     )
-) | {DEFAULT + "QLinearMatMul", DEFAULT + "MatMulInteger"}
+) | {DEFAULT + n for n in ("QLinearMatMul", "MatMulInteger", "QLinearConv", "ConvInteger")}
 """Ops that can be run alone and compared with :mod:`qcompiler.backends.onnx.reference`."""
 
 
@@ -77,6 +78,22 @@ def cut_out(node: LowBit, m: int, seed: int = 0) -> Alone | None:
     opsets = [helper.make_opsetid("", max(opset_of(node.op.graph), 13)), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10 if opsets[0].version < 25 else 13)
     return Alone(node, model, cut.feed, cut.arrays, rows, m, cut.made_up)
+
+
+def _pixels(node: LowBit, m: int) -> tuple[int, ...] | None:
+    """The shape of an input of which a convolution makes three positions along each axis, of one image or of two."""
+    weight = None if node.codes is None else node.codes.tensor.static_shape
+    if weight is None or len(weight) < 3:
+        return None
+    axes = len(weight) - 2
+
+    def each(name: str) -> list[int]:
+        found = node.op.attrs.get(name)
+        return [int(i) for i in found] if isinstance(found, (tuple, list)) and len(found) == axes else [1] * axes
+
+    size = [(k - 1) * d + 1 + 2 * s for k, d, s in zip(weight[2:], each("dilations"), each("strides"), strict=True)]
+    images, channels = min(m, 2), weight[1] * node.attr("group", 1)
+    return (images, *size, channels) if node.attr("channels_last", 0) else (images, channels, *size)
 
 
 def _rows(node: LowBit) -> int:
@@ -180,7 +197,9 @@ class _Cut:
         if index == p.x and p.kind == "embedding":
             return self.rng.integers(0, self.rows, (self.m,)).astype(element.storage)
         if index == p.x:
-            shape = (self.m, self.node.k)
+            shape = _pixels(self.node, self.m) if p.kind == "conv" else (self.m, self.node.k)
+            if shape is None:
+                return None
         elif index in (p.x_scale, p.x_zero):
             shape = ()
         if shape is None or element.packed:

@@ -15,6 +15,7 @@ import numpy as np
 
 from qcompiler.backends.onnx.nodes import DEFAULT, MS, LowBit
 from qcompiler.dtypes import Array, unpack_bits
+from qcompiler.integer_numerics import convolve
 
 SIGMAS = 10.0
 EPS32, EPS16 = 2.0**-24, 2.0**-11
@@ -46,6 +47,11 @@ def expected(node: LowBit, operands: Sequence[Array | None], n: int) -> Expected
             return _codes_result(node, a)
         case "onnx.MatMulInteger":
             return _integers(a)
+        case "onnx.QLinearConv" | "com.microsoft.QLinearConv":
+            return _conv(node, a)
+        case "onnx.ConvInteger":
+            value = convolve(f64(a[0]) - _zero(a[2]), f64(a[1]) - _zero(a[3]), None, node.op.attrs)
+            return Expected(value, np.zeros_like(value))
     return None
 
 
@@ -209,6 +215,17 @@ def _codes_result(node: LowBit, a: Sequence[Array | None]) -> Expected:
     return _requantized(value, a[6], a[7], a[7])
 
 
+def _conv(node: LowBit, a: Sequence[Array | None]) -> Expected:
+    """Scales of the weight are one or one a channel; the int32 bias counts in steps of x scale times w scale."""
+    last = bool(node.attr("channels_last", 0))
+    x = (f64(a[0]) - _zero(a[2])) * f64(a[1])
+    column = (-1, *[1] * (x.ndim - 1))
+    w = (f64(a[3]) - np.reshape(_zero(a[5]), column)) * f64(a[4]).reshape(column)
+    bias = None if a[8] is None else f64(a[8]) * f64(a[1]) * f64(a[4])
+    value = convolve(np.moveaxis(x, -1, 1) if last else x, w, bias, node.op.attrs)
+    return _requantized(np.moveaxis(value, 1, -1) if last else value, a[6], a[7], a[0])
+
+
 def _requantized(value: Array, scale: Array | None, zero: Array | None, like: Array | None) -> Expected:
     info = np.iinfo(np.uint8 if like is None or like.dtype == np.uint8 else np.int8)
     codes = np.clip(np.round(value / f64(scale)) + _zero(zero), info.min, info.max)
@@ -224,7 +241,10 @@ KNOWN = frozenset(
     MS + n for n in ("MatMulNBits", "GatherBlockQuantized", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 ) | {
     MS + "QGemm",
+    MS + "QLinearConv",
     DEFAULT + "QLinearMatMul",
     DEFAULT + "MatMulInteger",
+    DEFAULT + "QLinearConv",
+    DEFAULT + "ConvInteger",
 }
 """Ops whose result is known here."""
