@@ -244,6 +244,10 @@ class Backend(ABC):
         inputs, constants or results at the top of the graph, and change nothing. Raises InputError.
         """
 
+    def raised(self, graph: Graph, opset: int, why: str) -> Graph:
+        """``graph`` in ONNX opset ``opset`` or later, values under their names; raises InputError beginning ``why``."""
+        raise InputError(f"{why} asks for ONNX; a {graph.dialect} graph is written in its own dialect")
+
     def made_up(self, graph: Graph, seed: int) -> Iterator[Mapping[str, Array]]:
         """Candidate inputs for a graph that nobody gave data for, the likeliest first."""
         raise InputError(f"no inputs are made up for {graph.dialect} graphs; give --calibration DATA")

@@ -95,7 +95,7 @@ def compile(
     """
     data = None if calibration is None else open_data(calibration, encode=lambda: encoder_beside(source))
     passes, emission = driver.split_settings(settings or {})
-    chosen = recipes.adjusted(recipes.load(recipe), passes, skip)
+    chosen = driver.for_format(recipes.adjusted(recipes.load(recipe), passes, skip), emission)
     job = driver.start(target, chosen, phases, progress)
     job.emission, job.check = emission, check
     folder = None if out is not None else tempfile.TemporaryDirectory(prefix="qcompiler-")

@@ -143,7 +143,7 @@ class Compared:
         now, old = found[value.name], was[value.name]
         relative = Rounding(made).relative(made.outputs[0])
         rounder, dequantize = self._rounder(value)
-        scheme = None if rounder is None else rounder.attrs.get("y_scheme", rounder.attrs["scheme"])
+        scheme = None if rounder is None else rounder.attrs.get("y_scheme") or rounder.attrs["scheme"]
         whole = old.dtype.kind in "iu" and old.dtype.itemsize == 1
         if not whole and (rounder is None or dequantize is None):
             gap = differing(old, now, relative)

@@ -282,7 +282,7 @@ def metadata(job: Job, captured: Captured) -> dict[str, str]:
     if keys := sorted({pair for row in rows for pair in row.session}):
         out["qcompiler.session"] = ";".join(f"{k}={v}" for k, v in keys)
         job.notes.append(f"the runtime needs session keys for these kernels: {out['qcompiler.session']}")
-    if allowed := {s.name: s.reason or "" for s in job.ctx.ledger if s.op == "float"}:
+    if allowed := {s.name: s.reason for s in job.ctx.ledger if s.reason and s.status in ("fused", "skipped")}:
         out["qcompiler.allowed"] = json.dumps(allowed, sort_keys=True)
     return out | ({"qcompiler.source_sha256": captured.sha256} if captured.sha256 else {})
 

@@ -120,6 +120,11 @@ class OrtBackend(Backend):
 
         return running(graph, taps)
 
+    def raised(self, graph: Graph, opset: int, why: str) -> Graph:
+        from qcompiler.backends.onnx.opsets import raised
+
+        return raised(graph, opset, why)
+
     def made_up(self, graph: Graph, seed: int) -> Iterator[Mapping[str, Array]]:
         from qcompiler.backends.onnx.feeds import made_up
 

@@ -19,12 +19,14 @@ _CODES = ("QLinear", "QGemm")
 def error_of(op: Op, operands: Sequence[Array | None]) -> Array | float:
     """The bound for the node ``op`` on these operands: steps where it gives codes, else absolute; 0 for host ops.
 
-    ``MatMulNBits`` and its like: :mod:`qcompiler.backends.onnx.reference`. A convolution's bias is rounded to steps of
-    x scale times w scale, which is up to half such a step, in steps of the result.
+    ``MatMulNBits`` and its like: :mod:`qcompiler.backends.onnx.reference`. An int32 bias is rounded to steps of x scale
+    times w scale: half such a step, of a convolution in steps of the result.
     """
     short = op.name.rpartition(".")[2]
     if short.startswith(_CODES) and short != "QLinearMatMul":
         return REQUANTIZED + (_bias_steps(operands) if short in ("QLinearConv", "QGemm") else 0.0)
+    if short == "DequantizeLinear" and operands[0] is not None and operands[0].dtype == np.int32:
+        return np.asarray(operands[1], np.float64) / 2
     node = low_bit(op) if op.name in KNOWN else None
     found = None if node is None else expected(node, operands, node.n)
     if found is None:

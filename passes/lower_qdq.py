@@ -1,0 +1,379 @@
+"""Write quantize and dequantize as the standard ONNX ops, in the places where runtimes fuse them by themselves.
+
+Weights stand as codes behind a DequantizeLinear: ``[K, N]`` before products, ``[O, I / group, ..]`` before
+convolutions, and behind the lookup of rows of a table, so that only those rows are expanded. Activations stand between
+a QuantizeLinear and a DequantizeLinear as earlier passes have placed them; ranges of each input come from a
+DynamicQuantizeLinear. A bias is int32 in steps of x scale times w scale where ONNX Runtime's fusion asks for it: behind
+a product of codes whose result stays float.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from qcompiler.conv_views import as_conv
+from qcompiler.dtypes import F32, INT32, UINT8, Array
+from qcompiler.errors import InputError
+from qcompiler.ir import Graph, Loc, Op, TensorType, Value
+from qcompiler.movement import opset
+from qcompiler.payload import ComputedPayload, Payload, computed, constant
+from qcompiler.pipeline import Context, Pass
+from qcompiler.rewrite import Declined, erase_dead
+from qcompiler.scheme import Scheme
+from qcompiler.sites import Ledger
+from qcompiler.spec import is_float_const
+from qcompiler.views import as_embedding, as_linear, is_row
+from qcompiler.weights import transposed
+
+SINCE = {"int8": 10, "uint8": 10, "int4": 21, "uint4": 21, "int2": 25, "uint2": 25}
+"""The opset in which QuantizeLinear and DequantizeLinear took each type of codes."""
+BLOCKS, CHANNELS = 21, 13
+"""The opsets in which they took scales in blocks, and one scale a channel."""
+LARGEST = (1 << 31) - 1
+
+
+# -- what has a standard form --------------------------------------------------------------------------------
+
+
+def needed_opset(scheme: Scheme) -> int | None:
+    """The opset that can say ``scheme`` of a stored tensor or a static activation; None where none can."""
+    since = SINCE.get(scheme.dtype.name)
+    if since is None or scheme.zero == "float" or scheme.dynamic or scheme.granularity in ("token", "block"):
+        return None
+    return max(since, {"group": BLOCKS, "channel": CHANNELS}.get(scheme.granularity, 0))
+
+
+def _check_form(op: Op) -> None:
+    """Raise InputError where standard ONNX cannot say what ``op`` does."""
+    scheme, have = op.attrs["scheme"], opset(op)
+    if scheme.dynamic:
+        if (scheme.dtype, scheme.granularity, scheme.zero) == (UINT8, "tensor", "int"):
+            return
+        raise InputError(
+            f"'{op.label}' is quantized as <{scheme.text}>, and the only standard op that chooses parameters at run "
+            "time, DynamicQuantizeLinear, gives 'uint8 tensor asym dynamic'; choose that, or leave emit.format=qdq out"
+        )
+    need = needed_opset(scheme)
+    if need is None:
+        raise InputError(
+            f"'{op.label}' is quantized as <{scheme.text}>, which QuantizeLinear and DequantizeLinear cannot say: they "
+            "take 2, 4 and 8-bit integers with integer zero points; choose such a scheme, or leave emit.format=qdq out"
+        )
+    if have < need:
+        raise InputError(
+            f"'{op.label}' is quantized as <{scheme.text}>, which needs opset {need}; the model has {have}"
+        )
+
+
+# -- weights -------------------------------------------------------------------------------------------------
+
+
+def _flipped(payload: Payload) -> Payload:
+    """The transpose of a matrix, not read now."""
+    if isinstance(payload, ComputedPayload) and (other := transposed(payload)) is not None:
+        return other
+    return computed("transpose", lambda p: p.array().T, [payload], payload.dtype, payload.shape[::-1])
+
+
+def _weight(value: Value | None) -> Op | None:
+    """The dequantize of constants that makes ``value``."""
+    op = None if value is None else value.owner
+    if op is None or op.name != "q.dequantize":
+        return None
+    return op if all(v is None or (v.is_const and v.payload is not None) for v in op.operands) else None
+
+
+def _const(near: Value, hint: str, payload: Payload) -> Value:
+    return near.graph.add_const(near.graph.fresh(hint), payload)
+
+
+def _dequantize(before: Op, dq: Op, operands: list[Value | None], scheme: Scheme, type: TensorType, hint: str) -> Value:
+    while operands[-1] is None:
+        operands.pop()
+    attrs = {"scheme": scheme}
+    name = before.graph.fresh(hint)
+    return before.graph.create("q.dequantize", operands, attrs, [(name, type)], loc=dq.loc, before=before).result
+
+
+def turn_weight(op: Op) -> None:
+    """linear(x, q.dequantize(c[N, K], s, z)^T)  ->  linear(x, q.dequantize(c[K, N], s, z))"""
+    try:
+        lin = as_linear(op)
+    except Declined:
+        return
+    dq = _weight(lin.weight)
+    if dq is None or (not lin.transposed and op.operand(1) is dq.result):
+        return
+    scheme: Scheme = dq.attrs["scheme"]
+    parts: list[Value | None] = []
+    for value in (dq.operand(0), dq.operand(1), dq.operand(2)):
+        flip = lin.transposed and value is not None and value.tensor.rank == 2
+        payload = None if value is None else value.payload
+        if value is None or payload is None or not flip:
+            parts.append(value)
+            continue
+        name = f"{value.name}_kn"
+        known = value.graph.local(name)
+        parts.append(known if known is not None and known.is_const else _const(value, name, _flipped(payload)))
+    if lin.transposed and scheme.axis is not None:
+        scheme = scheme.with_axis(1 - scheme.axis % 2)
+    type = TensorType(dq.result.tensor.dtype, (lin.k, lin.n))
+    made = _dequantize(op, dq, parts, scheme, type, f"{dq.result.name}_kn")
+    old = op.operand(1)
+    op.set_operand(1, made)
+    if "transB" in op.attrs:
+        op.attrs["transB"] = 0
+    if old is not None and old.owner is not None:
+        erase_dead(old.owner)
+
+
+def look_up_codes(op: Op) -> Value | None:
+    """gather(q.dequantize(c, s, z), i)  ->  q.dequantize(gather(c, i), gather(s, i), gather(z, i))
+
+    The scales of rows become those of one block a row. None for codes of less than 8 bits: no Gather takes them.
+    """
+    try:
+        emb = as_embedding(op)
+    except Declined:
+        return None
+    dq = _weight(emb.table)
+    if dq is None or op.operand(0) is not dq.result:
+        return None
+    scheme: Scheme = dq.attrs["scheme"]
+    if scheme.bits < 8 or (scheme.axis is not None and scheme.axis % 2 != (scheme.granularity == "group")):
+        return None
+    lead = emb.indices.tensor.shape
+    parts: list[Value | None] = []
+    for i, value in enumerate((dq.operand(0), dq.operand(1), dq.operand(2))):
+        payload = None if value is None else value.payload
+        if value is None or payload is None or (i and scheme.granularity == "tensor"):
+            parts.append(value)
+            continue
+        if i and scheme.granularity == "channel":
+            column = computed("column", lambda p: p.array().reshape(-1, 1), [payload], payload.dtype, (emb.n, 1))
+            value = _const(value, f"{value.name}_column", column)
+        width = value.tensor.shape[-1] if value.tensor.shape else None
+        type = TensorType(value.tensor.dtype, None if lead is None else (*lead, width))
+        loc = Loc(f"{op.label}.{('codes', 'scales', 'zeros')[i]}", op.loc.scope, op.loc.source)
+        name = op.graph.fresh(f"{op.result.name}_{('codes', 'scale', 'zero')[i]}")
+        parts.append(
+            op.graph.create("onnx.Gather", [value, emb.indices], {"axis": 0}, [(name, type)], loc=loc, before=op).result
+        )
+    moved = scheme
+    if scheme.granularity == "channel":
+        size = 16
+        while size < emb.k:
+            size *= 2
+        if size > 1024:
+            return None
+        moved = replace(scheme, granularity="group", group=(size,))
+    if moved.granularity == "group":
+        moved = moved.with_axis(None if lead is None else len(lead))
+        if moved.axis is None:
+            return None
+    out = _dequantize(op, dq, parts, moved, TensorType(op.result.tensor.dtype, op.result.tensor.shape), op.result.name)
+    assert out.owner is not None
+    out.owner.loc = op.loc
+    return out
+
+
+# -- biases --------------------------------------------------------------------------------------------------
+
+
+def _static_scale(value: Value | None) -> Value | None:
+    """The constant scale of a dequantized activation."""
+    op = None if value is None else value.owner
+    if op is None or op.name != "q.dequantize" or _weight(value) is not None:
+        return None
+    scale = op.operands[1]
+    return scale if scale is not None and scale.is_const and scale.payload is not None else None
+
+
+def _is_quantized(value: Value) -> bool:
+    """Only a quantize reads ``value``, or what a Relu or Clip makes of it."""
+    users = value.users
+    if len(users) == 1 and users[0].name in ("onnx.Relu", "onnx.Clip") and not value.is_output:
+        users = users[0].result.users
+    return bool(users) and all(u.name == "q.quantize" for u in users)
+
+
+def _bias_place(op: Op) -> tuple[Op, int, Value] | None:
+    """Where a constant row is added to the product ``op`` in a way that the runtime joins with it: op, slot, bias."""
+    x = op.operand(0)
+    if op.name == "onnx.Gemm":
+        bias = op.operand(2)
+        return None if bias is None or op.attrs.get("beta", 1.0) != 1.0 else (op, 2, bias)
+    shape = None if x is None else x.tensor.shape
+    if shape is None or (len(shape) != 2 and not all(isinstance(d, int) for d in shape)):
+        return None
+    add = op.result.users[0] if len(op.result.uses) == 1 and op.result.users else None
+    if add is None or add.name != "onnx.Add":
+        return None
+    slot = 1 if add.operand(0) is op.result else 0
+    bias = add.operand(slot)
+    return None if bias is None else (add, slot, bias)
+
+
+def round_bias(op: Op) -> None:
+    """product(x, w) + b  ->  product(x, w) + q.dequantize(round(b / (xs * ws)), xs * ws)   where the result is float"""
+    dq, scale = _weight(op.operand(1)), _static_scale(op.operand(0))
+    place = _bias_place(op)
+    if dq is None or scale is None or place is None or dq.attrs["scheme"].granularity == "group":
+        return
+    owner, slot, bias = place
+    weight_scale, n = dq.operands[1], (dq.result.tensor.static_shape or (0, 0))[-1]
+    if not is_float_const(bias) or not is_row(bias, n) or _is_quantized(owner.result):
+        return
+    assert weight_scale is not None
+    sources = [bias.payload, scale.payload, weight_scale.payload]
+    label = op.label
+
+    def step(x: Array, w: Array) -> Array:
+        return np.broadcast_to(x.astype(np.float64) * w.astype(np.float64), (n,)).astype(np.float32)
+
+    def codes(b: Payload, x: Payload, w: Payload) -> Array:
+        rounded = np.rint(np.broadcast_to(b.array().reshape(-1), (n,)) / step(x.array(), w.array()).astype(np.float64))
+        if np.abs(rounded).max(initial=0.0) > LARGEST:
+            top = float(np.abs(rounded).max())
+            raise InputError(f"'{label}': its bias is {top:.3g} steps of x scale times w scale, beyond int32; skip it")
+        return rounded.astype(np.int32)
+
+    made = computed("bias_codes", codes, sources, INT32, (n,))  # type: ignore[arg-type]
+    steps = computed("bias_scale", lambda x, w: step(x.array(), w.array()), sources[1:], F32, (n,))  # type: ignore[arg-type]
+    home = owner.graph
+    pair = [_const(bias, f"{bias.name}_codes", made), _const(bias, f"{bias.name}_scale", steps)]
+    result = [(home.fresh(f"{bias.name}_dq"), TensorType(F32, (n,)))]
+    name = Loc(f"{label}.bias", op.loc.scope, op.loc.source)
+    new = home.create("onnx.DequantizeLinear", pair, {"axis": 0}, result, loc=name, before=op)
+    owner.set_operand(slot, new.result)
+
+
+# -- lowering ------------------------------------------------------------------------------------------------
+
+
+def _zero(op: Op, scheme: Scheme, *, stated: bool) -> Value | None:
+    """The zero point of ``op``; where the scheme has none, zeros where they have to be ``stated``."""
+    have = op.operand(2)
+    if have is not None or not stated:
+        return have
+    scale = op.operands[1]
+    shape = None if scale is None else scale.tensor.static_shape
+    zeros = constant(np.zeros(shape or (), scheme.dtype.storage), scheme.dtype)
+    return op.graph.add_const(op.graph.fresh(f"{op.result.name}_zero"), zeros)
+
+
+def _attributes(scheme: Scheme) -> dict[str, Any]:
+    if scheme.granularity == "tensor":
+        return {}
+    block = {"block_size": scheme.group[0]} if scheme.granularity == "group" else {}
+    return {"axis": int(scheme.axis or 0), **block}
+
+
+def _write(op: Op) -> None:
+    """q.quantize(x, s, z)  ->  QuantizeLinear(x, s, z);  q.dequantize(c, s, z)  ->  DequantizeLinear(c, s, z)"""
+    scheme: Scheme = op.attrs["scheme"]
+    quantize = op.name == "q.quantize"
+    # QuantizeLinear takes its type from the zero point, and QGemm is fused only where there are zero points.
+    stated = quantize or (scheme.bits == 8 and scheme.granularity != "group")
+    zero = _zero(op, scheme, stated=stated)
+    op.set_operands([v for v in (op.operand(0), op.operand(1), zero) if v is not None])
+    op.name = "onnx.QuantizeLinear" if quantize else "onnx.DequantizeLinear"
+    op.loc = Loc("", op.loc.scope, op.loc.source)  # the site's name goes to the product
+    op.attrs = _attributes(scheme)
+
+
+def _write_dynamic(op: Op) -> None:
+    """q.choose_qparams(x) and the q.quantize of x by it  ->  DynamicQuantizeLinear(x)"""
+    x, home = op.operands[0], op.graph
+    assert x is not None
+    readers = [u for u in x.users if u.name == "q.quantize" and u.operands[1:] == tuple(op.results)]
+    codes_type = TensorType(UINT8, x.tensor.shape)
+    types = [codes_type, TensorType(F32, ()), TensorType(UINT8, ())]
+    names = [home.fresh(f"{x.name}_{word}") for word in ("dynamic", "dynamic_scale", "dynamic_zero")]
+    made = home.create("onnx.DynamicQuantizeLinear", [x], {}, list(zip(names, types, strict=True)), before=op)
+    made.loc = Loc(f"{x.name}.quantize", op.loc.scope, op.loc.source)
+    old: list[tuple[Value, Value]] = [*zip(op.results, made.results[1:], strict=True)]
+    for reader in readers:
+        reader.result.replace_uses(made.results[0])
+        old.append((reader.result, made.results[0]))
+        reader.erase()
+    for before, after in old[:2]:
+        before.replace_uses(after)
+    op.erase()
+    for before, after in old[:3]:  # the new values take the names of the old ones
+        home.rename(after, before.name)
+
+
+@dataclass(frozen=True)
+class LowerQdq(Pass):
+    """Write every quantize, dequantize and rescale as standard ONNX ops; what has no such form is refused."""
+
+    name: ClassVar[str] = "lower-qdq"
+    kind: ClassVar[Literal["exact", "lossy", "layout"]] = "layout"
+
+    def run(self, graph: Graph, ctx: Context) -> None:
+        for op in graph.walk():
+            if op.name in ("q.quantize", "q.dequantize", "q.choose_qparams"):
+                _check_form(op)
+            elif op.name.startswith("q.") and op.name != "q.scale":
+                raise InputError(f"{op.name} '{op.label}' has no standard form; run lower-qdq before passes that fuse")
+        for op in list(graph.walk()):
+            if op.erased:
+                continue
+            turn_weight(op)
+            if (rows := look_up_codes(op)) is not None:
+                _settle_table(op, rows, ctx.ledger)
+        for op in graph.walk():
+            if op.name in ("onnx.MatMul", "onnx.Gemm"):
+                round_bias(op)
+            _settle(op, ctx.ledger)
+        for op in list(graph.walk()):
+            if op.name == "q.choose_qparams":
+                _write_dynamic(op)
+        for op in graph.walk():
+            if op.name in ("q.quantize", "q.dequantize"):
+                _write(op)
+            elif op.name == "q.scale":
+                op.name = "onnx.Mul"
+
+
+FORETOLD = "foretold"
+"""Key in the ``stats`` of a site: it is fused only if the runtime is seen, or foretold, to fuse what stands there."""
+
+
+def _sizes(dq: Op) -> dict[str, int]:
+    parts = zip(("codes", "scales", "zeros"), (dq.operand(i) for i in range(3)), strict=True)
+    return {name: v.payload.nbytes for name, v in parts if v is not None and v.payload is not None}
+
+
+def _settle(op: Op, ledger: Ledger) -> None:
+    """Call a product of dequantized weights like its site, and leave the verdict on it to the runtime."""
+    site = op.meta.get("site")
+    if site not in ledger or ledger[site].status != "pending":
+        return
+    dq = next((d for d in map(_weight, op.operands) if d is not None), None)
+    if dq is None and op.name.startswith("onnx."):
+        try:
+            dq = _weight(as_conv(op).weight)
+        except Declined:
+            return
+    if dq is None:
+        return
+    op.loc = Loc(str(site), op.loc.scope, op.loc.source)
+    ledger[site].status, ledger[site].bytes = "fused", _sizes(dq)
+    ledger[site].stats[FORETOLD] = True
+
+
+def _settle_table(op: Op, rows: Value, ledger: Ledger) -> None:
+    """Put the looked-up rows in the place of the Gather's result; nothing of the table is expanded but them."""
+    site, table = op.meta.get("site"), op.operands[0]
+    dq = _weight(table)
+    if site in ledger and dq is not None:
+        ledger[site].status, ledger[site].bytes = "fused", _sizes(dq)
+    old = op.result
+    old.replace_uses(rows)
+    erase_dead(op)
+    old.graph.rename(rows, old.name)
