@@ -178,7 +178,9 @@ def bench_parts(found: Comparison, width: int) -> list[RenderableType]:
     parts.append(
         Text(f"\n{threads}, {often}; a speedup is over {names[0]}, the median of the rounds and their 10-90 %")
     )
-    parts += [Text(f"left out of {n}: {why}") for n, f in zip(names, found.files, strict=True) for why in f.left_out]
+    for why in dict.fromkeys(why for f in found.files for why in f.left_out):
+        of = [name for name, f in zip(names, found.files, strict=True) if why in f.left_out]
+        parts.append(Text(f"left out of {', '.join(of)}: {why}"))
     return parts + [Text(f"warning: {w}", style="yellow") for w in found.warnings]
 
 

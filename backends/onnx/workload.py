@@ -104,11 +104,13 @@ class Workload:
                 return size.past + size.m
             if "past" in word or "cache" in word:
                 return size.past
+            if _sequence(word):  # before a batch: there is a max_seq_len_in_batch
+                return size.m
             if "batch" in word or word in ("b", "n"):
                 return size.batch
-            if word in ("height", "width", "h", "w") or (rank == 4 and axis >= 2 and not _sequence(word)):
+            if word in ("height", "width", "h", "w") or (rank == 4 and axis >= 2):
                 return PIXELS
-            return size.batch if axis == 0 and not _sequence(word) else size.m
+            return size.batch if axis == 0 else size.m
 
         return of
 

@@ -27,6 +27,7 @@ def work(inputs: str, body: str = "", **dims: int) -> Workload:
     ("inputs", "shapes", "varies"),
     [
         (IDS, ((8, 5),), (True, True, False)),
+        ("%ids : int64[batch, max_seq_len_in_batch]", ((8, 5),), (True, True, False)),
         (CACHE, ((8, 5), (8, 2, 3, 8), (8, 8), (8, 5)), (True, True, True)),
         (PICTURE, ((8, 3, 224, 224),), (True, False, False)),
         ("%x : f32[?, 3, ?, ?]", ((8, 3, 224, 224),), (True, False, False)),
