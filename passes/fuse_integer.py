@@ -18,6 +18,7 @@ from qcompiler.pairs import is_activation, is_constant, same_parameters
 from qcompiler.passes.fold_qdq import fold_requantize
 from qcompiler.passes.fuse_linear import row
 from qcompiler.pipeline import Context, Pass
+from qcompiler.products import weight_slots
 from qcompiler.requests import request_for
 from qcompiler.rewrite import Refusal, Rewriter, apply_rules, rule
 from qcompiler.scheme import Scheme
@@ -257,21 +258,26 @@ def _readers(value: Value) -> list[Op]:
     return list(out)
 
 
-def _has_float_weight(op: Op) -> bool:
-    """A product of a weight that nobody quantized."""
-    return any(v is not None and is_float_const(through_transposes(v)[0]) for v in op.operands[:2])
+def _why_float_product(op: Op, ctx: Context, given: bool) -> str:
+    """Why the product ``op`` computes in float on a dequantized activation; empty where it should not."""
+    if weight_slots(op):
+        return ""  # quantized, and left over: the site says why
+    if not any(v is not None and is_float_const(through_transposes(v)[0]) for v in op.operands[:2]):
+        return "it multiplies two activations, which are left in float"
+    site = _site(op)
+    skipped = ctx.ledger[site].reason if site in ctx.ledger else None
+    return f"its weight {'was float in the source' if given else 'stays float'}" + (f" ({skipped})" if skipped else "")
 
 
-def _why_island(op: Op, dq: Op, given: bool) -> str:
+def _why_island(op: Op, dq: Op, ctx: Context, given: bool) -> str:
     """Why ``op``, which reads ``dq``, computes in float beside codes; empty where that is no fault, or no fate.
 
     ``given``: the quantizes are the graph's own, so one whose codes nothing computes on stands there for good.
     """
-    again = any(u.name == "q.quantize" for v in op.results for u in _readers(v))
     if op.name in LINEAR_OPS or op.name in CONV_OPS:
-        floats = given and _has_float_weight(op)
-        return "its input is dequantized, and its weight was float in the source" if floats else ""
-    if again:
+        why = _why_float_product(op, ctx, given)
+        return why and f"its input is dequantized: {why}"
+    if any(u.name == "q.quantize" for v in op.results for u in _readers(v)):
         return "its input is dequantized and its result quantized again"
     maker = dq.operands[0].owner if dq.operands[0] is not None else None
     idle = given and maker is not None and maker.name == "q.quantize"
@@ -284,12 +290,15 @@ def name_islands(graph: Graph, ctx: Context, refusals: list[Refusal], *, given: 
     seen: set[Op] = set()
     for dq in [op for op in graph.walk() if op.name == "q.dequantize" and is_activation(op)]:
         for op in _readers(dq.result):
-            if op in seen or op.name.startswith("q.") or not (how := _why_island(op, dq, given)):
+            if op in seen or op.name.startswith("q.") or not (how := _why_island(op, dq, ctx, given)):
                 continue
             seen.add(op)
             what = op.name.rpartition(".")[2]
-            why = said.get(op.label) or f"{ctx.target or 'the target'} has no integer kernel for {what}"
-            ctx.ledger.skip(ctx.ledger.add(Site(op.label, "float", 0, 0, 0)).name, f"{why}: {how}")
+            none = f"{ctx.target or 'the target'} has no integer kernel for {what}"
+            why = said.get(op.label) or ("" if op.name in LINEAR_OPS or op.name in CONV_OPS else none)
+            reason = f"{why}: {how}" if why else how
+            if op.label not in ctx.ledger:
+                ctx.ledger.skip(ctx.ledger.add(Site(op.label, "float", 0, 0, 0)).name, reason)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 from qcompiler.canonical import canonical_operands
 from qcompiler.dtypes import F32, Array
 from qcompiler.ir import Graph, Op, Value
+from qcompiler.pairs import is_activation
 from qcompiler.payload import Payload, computed
 from qcompiler.pipeline import Context, Pass
 from qcompiler.rewrite import Rewriter, apply_rules, rule
@@ -76,6 +77,15 @@ def fuse_bias(op: Op, rw: Rewriter) -> Value:
     raise rw.declined("no bias of a fused linear layer", quiet=True)
 
 
+def note_weight_only(graph: Graph, ctx: Context) -> None:
+    """A weight-only linear behind an integer kernel reads what was dequantized for it: its site says so."""
+    for op in graph.walk():
+        x, site = op.operand(0), str(op.attrs.get("site", ""))
+        if op.name == "q.linear" and x is not None and x.owner is not None and site in ctx.ledger:
+            if x.owner.name == "q.dequantize" and is_activation(x.owner):
+                ctx.ledger[site].reason = "its activation is dequantized before it: only its weight is quantized here"
+
+
 @dataclass(frozen=True)
 class FuseLinear(Pass):
     """Fuse dequantized weights, then biases, into ``q.linear`` by the target's kernel rows."""
@@ -85,3 +95,4 @@ class FuseLinear(Pass):
     def run(self, graph: Graph, ctx: Context) -> None:
         rules = [fuse_dequant_into_linear, fuse_bias]
         apply_rules(graph, rules, target=ctx.target, phases=ctx.phases, log=ctx.refusals)
+        note_weight_only(graph, ctx)

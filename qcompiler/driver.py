@@ -224,10 +224,10 @@ def weigh(job: Job, result: EvidenceResult) -> None:
     for site in job.ctx.ledger:
         if site.status != "fused":
             continue
-        seen = by_node.get(site.name, [])
+        seen = [n for label in site.stats.get(FORETOLD, (site.name,)) for n in by_node.get(label, [])]
         if seen and result.kind == "measured":
             site.evidence = "measured"
-        elif result.kind == "measured":
+        elif result.kind == "measured" and site.kernel:
             message = "the runtime ran the artifact, and no node of it stands for this site"
             fix = "see whether the runtime can reach the node; 'qcompiler inspect' shows the graph"
             job.ctx.findings.append(Finding("QC106", site.name, message, "", fix, severity="warning"))
