@@ -109,11 +109,12 @@ class LowBit:
     @property
     def types(self) -> str:
         """``u8s8``: the types of activation and weight as kernel names tell them; empty where they are others."""
-        x = self.at(self.places.x)
         words = []
-        for value in (x, self.codes):
-            element = None if value is None else value.tensor.dtype
-            if self.op.name == MS + "DynamicQuantizeMatMul" and value is x:
+        for places in ((self.places.x, self.places.x_zero), (self.places.codes, self.places.zeros)):
+            # types end at ops that ONNX does not know: there the zero point tells them
+            found = (v.tensor.dtype for v in map(self.at, places) if v is not None and v.tensor.dtype is not None)
+            element = next(found, None)
+            if self.op.name == MS + "DynamicQuantizeMatMul" and places[0] == self.places.x:
                 words.append("u8")
             elif element is not None and element.name in ("int8", "uint8"):
                 words.append("s8" if element.signed else "u8")
