@@ -16,8 +16,9 @@ from qcompiler.dtypes import Array
 from qcompiler.report.model import OutputQuality, Quality
 from qcompiler.verify.findings import Finding
 
-ROWS = 32
-"""Rows (tokens) of the made-up inputs."""
+ROWS = (32, 8, 2, 1)
+"""Rows (tokens, pictures) of the made-up inputs: the most of these whose inputs are within :data:`INPUT_BYTES`."""
+INPUT_BYTES = 1 << 20
 SEEDS = 4
 BATCHES = 8
 """Batches of data that are compared."""
@@ -66,7 +67,8 @@ def _run_float(session: Any, path: Path, data: Data | None) -> tuple[list[dict[s
     feeds: list[dict[str, Array]] = []
     outputs: list[list[Any]] = []
     if data is None:
-        candidates: Iterable[Iterable[dict[str, Array]]] = (made_up(graph, ROWS, seed) for seed in range(SEEDS))
+        rows = next((m for m in ROWS if _nbytes(next(made_up(graph, m), {})) <= INPUT_BYTES), ROWS[-1])
+        candidates: Iterable[Iterable[dict[str, Array]]] = (made_up(graph, rows, seed) for seed in range(SEEDS))
     else:
         candidates = ([batch] for batch in islice(data.batches(graph.inputs), BATCHES))
     for tried in candidates:
@@ -79,6 +81,10 @@ def _run_float(session: Any, path: Path, data: Data | None) -> tuple[list[dict[s
             outputs.append(found)
             break
     return feeds, outputs
+
+
+def _nbytes(feed: dict[str, Array]) -> int:
+    return sum(a.nbytes for a in feed.values())
 
 
 def _figures(want: list[Array], got: list[Array]) -> OutputQuality:
