@@ -48,19 +48,20 @@ def step_of(values: Array, levels: int = LEVELS) -> Array | None:
     wide = u.astype(np.float64)
     half = np.spacing(u).astype(np.float64) / 2
     gap = min(wide[0], np.diff(wide).min(initial=np.inf))
+    slack = float(np.spacing(u[-1])) / gap + 1e-9
     for parts in range(1, levels + 1):
-        rough = gap / parts
-        if wide[-1] / rough > levels + 0.5:
+        middle = wide[-1] / gap * parts
+        first, last = int(np.ceil(middle * (1 - slack) - 1e-3)), int(np.floor(middle * (1 + slack) + 1e-3))
+        if first > levels:
             return None
-        k = np.rint(wide / rough)
-        if np.abs(wide / rough - k).max() > 0.1:
-            continue
-        rough = wide[-1] / k[-1]
-        k = np.rint(wide / rough)
-        low, high = ((wide - half) / k).max(), ((wide + half) / k).min()
-        for candidate in _between(low, high, values.dtype):
-            if np.array_equal(k.astype(values.dtype) * candidate, u):
-                return np.asarray(candidate)
+        for top in range(max(first, 1), min(last, levels) + 1):
+            k = np.rint(wide / (wide[-1] / top))
+            if k[0] < 1:
+                continue
+            low, high = ((wide - half) / k).max(), ((wide + half) / k).min()
+            for candidate in _between(low, high, values.dtype) if low <= high * (1 + 1e-6) else ():
+                if np.array_equal(k.astype(values.dtype) * candidate, u):
+                    return np.asarray(candidate)
     return None
 
 
@@ -78,14 +79,24 @@ def multiples(rows: Array, scale: Array, group: int) -> Array:
 
 
 def find(rows: Array) -> Lattice | None:
-    """The lattice of ``rows[R, L]``, one scale a row where that serves, else in the longest groups that do."""
+    """The lattice of ``rows[R, L]``: one scale a row where that serves, else the longest groups that do.
+
+    The 11 bits of f16 may lie on a lattice by chance, so there the one of the fewest bytes is taken.
+    """
     if rows.ndim != 2 or min(rows.shape) < 1 or not rows.any():
         return None
+    best: tuple[int, Lattice] | None = None
     for group in (0, *(g for g in GROUPS if g < rows.shape[1])):
         scale = _scales(rows, group)
-        if scale is not None:
-            return _coded(rows, scale, group)
-    return None
+        made = None if scale is None else _coded(rows, scale, group)
+        if made is None:
+            continue
+        if rows.dtype != np.float16:
+            return made
+        size = made.element.bits * rows.shape[1] + (16 + made.element.bits) * made.scale.shape[1]
+        if best is None or size < best[0]:
+            best = size, made
+    return None if best is None else best[1]
 
 
 def _scales(rows: Array, group: int) -> Array | None:
