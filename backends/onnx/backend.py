@@ -116,9 +116,9 @@ class OrtBackend(Backend):
     def runner(self, graph: Graph, taps: Sequence[str]) -> AbstractContextManager[Run]:
         if not _runtime():
             raise InputError("running a model needs onnxruntime, which is not installed: pip install 'qcompiler[cpu]'")
-        from qcompiler.backends.onnx.running import running
+        from qcompiler.backends.onnx.running import runnable
 
-        return running(graph, taps)
+        return runnable(graph, taps)
 
     def raised(self, graph: Graph, opset: int, why: str) -> Graph:
         from qcompiler.backends.onnx.opsets import raised

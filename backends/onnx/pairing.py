@@ -13,7 +13,7 @@ from qcompiler.backends.base import Output, Pair
 from qcompiler.backends.onnx.feeds import table_rows
 from qcompiler.backends.onnx.judge import session_of
 from qcompiler.backends.onnx.load import load_onnx
-from qcompiler.backends.onnx.running import running
+from qcompiler.backends.onnx.running import runnable
 from qcompiler.backends.onnx.sitewise import SiteTap, site_taps
 from qcompiler.backends.onnx.workload import Workload
 from qcompiler.dtypes import Array
@@ -70,7 +70,7 @@ class OrtPair(Pair):
         self.sites = site_taps(float_graph, graph)
         seen = [s for s in self.sites if not s.reason]
         taps = [list(dict.fromkeys(s.want.name for s in seen)), list(dict.fromkeys(s.got.name for s in seen))]
-        self.runs = [self.stack.enter_context(running(g, t)) for g, t in zip((float_graph, graph), taps, strict=True)]
+        self.runs = [self.stack.enter_context(runnable(g, t)) for g, t in zip((float_graph, graph), taps, strict=True)]
 
     def run(self, feed: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
         names = [o.name for o in self.outputs]

@@ -32,7 +32,7 @@ MAPPED_OVER = 32 << 20
 
 
 @contextmanager
-def running(graph: Graph, taps: Sequence[str]) -> Iterator[Run]:
+def runnable(graph: Graph, taps: Sequence[str]) -> Iterator[Run]:
     """``graph`` as a function: inputs by name -> its outputs and the values named in ``taps``, by name.
 
     ``graph`` is not changed. A tap names an input, a constant or a result at the top of the graph. Raises InputError

@@ -25,7 +25,7 @@ from qcompiler.subgraph import reads
 
 
 @contextmanager
-def running(graph: Graph, taps: Sequence[str]) -> Iterator[Run]:
+def runnable(graph: Graph, taps: Sequence[str]) -> Iterator[Run]:
     """``graph`` as a function: inputs by name -> its outputs and the values named in ``taps``, by name.
 
     Neither ``graph`` nor what is given is changed: what the program writes to is copied for each call. A tap holds the

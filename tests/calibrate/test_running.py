@@ -12,7 +12,7 @@ from qcompiler import numerics
 from qcompiler.backends import backend_of
 from qcompiler.backends.onnx import running as module
 from qcompiler.backends.onnx.load import load_onnx
-from qcompiler.backends.onnx.running import Program, running
+from qcompiler.backends.onnx.running import Program, runnable
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
 from qcompiler.reader import parse
@@ -60,12 +60,12 @@ def test_real_models_run_bit_for_bit(name: str) -> None:
     graph = load_onnx(path)
     feed = made_up(graph)
     wanted = plain(str(path), feed)
-    with running(graph, []) as run:
+    with runnable(graph, []) as run:
         found = run(feed)
         assert found.keys() == wanted.keys()
         equal(found, wanted)
     taps = [r.name for op in graph for r in op.results]
-    with running(graph, taps) as run:
+    with runnable(graph, taps) as run:
         found = run(feed)
         equal(found, wanted)
         equal(run(feed), wanted)
@@ -117,7 +117,7 @@ def test_regions_outputs_inputs_and_defaults(t: float) -> None:
     graph = load_onnx(model)
     feed = {"x": X, "t": np.array(t, np.float32)}
     wanted = plain(model.SerializeToString(), feed)
-    with running(graph, ["h", "y", "x", "z", "limit", "w"]) as run:
+    with runnable(graph, ["h", "y", "x", "z", "limit", "w"]) as run:
         found = run(feed)
         equal(found, wanted)
         np.testing.assert_array_equal(found["h"], np.maximum(X, 0))  # read by regions alone
@@ -140,7 +140,7 @@ def test_a_graph_that_computes_nothing() -> None:
     graph = parse(
         "graph @g dialect=onnx {\n  input %x : f32[2]\n  const %c : f32[1] = dense(4.0)\n  return %x, %c\n}\n"
     )
-    with running(graph, []) as run:
+    with runnable(graph, []) as run:
         equal(run({"x": X[0, :2]}), {"x": X[0, :2], "c": np.float32([4])})
 
 
@@ -189,7 +189,7 @@ def test_pairs_run_by_the_reference() -> None:
     graph = parse(PAIRS)
     wanted = pairs_by_hand(graph)
     for taps in ([], list(wanted)):
-        with running(graph, taps) as run:
+        with runnable(graph, taps) as run:
             found = run({"x": X})
         for name in taps or ("m", "y"):
             if name in ("m", "y"):  # float products: the runtime adds in another order
@@ -201,7 +201,7 @@ def test_pairs_run_by_the_reference() -> None:
 
 def test_parts_are_as_few_as_they_can_be() -> None:
     """Constants are folded, so what is before and behind the pair on the activation are two parts of host ops."""
-    with running(parse(PAIRS), ["wd"]) as run:
+    with runnable(parse(PAIRS), ["wd"]) as run:
         assert isinstance(run, Program)
         kinds = ["host" if isinstance(s, module.Step) else s.name for s in run.steps]
     assert kinds == ["host", "q.quantize", "q.dequantize", "host", "q.dequantize", "host"]
@@ -217,7 +217,7 @@ def test_what_is_read_no_more_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(self, values)
 
     monkeypatch.setattr(module.Step, "run", spied)
-    with running(graph, []) as run:
+    with runnable(graph, []) as run:
         run({"x": X})
     assert known == [{"x"}, {"hq", "hd"}, {"hd", "td", "m"}]
 
@@ -239,7 +239,7 @@ def test_weight_only_ops_and_codes_of_four_bits() -> None:
     op = next(iter(graph))
     operands = [x, *(v.payload.array() for v in op.operands[1:] if v is not None and v.payload is not None)]
     wanted = numerics.evaluate(op.name, operands, op.attrs)
-    with running(graph, ["y", "w"]) as run:
+    with runnable(graph, ["y", "w"]) as run:
         found = run({"x": x})
     np.testing.assert_array_equal(found["y"], wanted)
     np.testing.assert_array_equal(found["z"], np.maximum(wanted, 0))
@@ -269,13 +269,13 @@ IN_REGION = """graph @g dialect=onnx meta {{opset_import = [["", 17]]}} {{
 
 
 def test_quantized_constants_inside_regions() -> None:
-    with running(parse(IN_REGION.format(of="%w")), []) as run:
+    with runnable(parse(IN_REGION.format(of="%w")), []) as run:
         found = run({"x": np.float32([1, 2]), "c": np.array(True)})
         np.testing.assert_array_equal(found["y"], np.float32([0.5, 2.0]))
         np.testing.assert_array_equal(run({"x": np.float32([1, 2]), "c": np.array(False)})["y"], np.float32([-1, -2]))
     with (
         pytest.raises(InputError, match=r"q.quantize 'q' stands inside a region"),
-        running(parse(IN_REGION.format(of="%x")), []),
+        runnable(parse(IN_REGION.format(of="%x")), []),
     ):
         pass
 
@@ -284,7 +284,7 @@ def test_big_weights_lie_beside_the_model(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "MAPPED_OVER", 16)
     graph = parse(PAIRS.replace("f32[5, 4] = rand:3", "f32[5, 4] = rand:4"))
     wanted = pairs_by_hand(graph)
-    with running(graph, ["hd", "wt"]) as run:
+    with runnable(graph, ["hd", "wt"]) as run:
         found = run({"x": X})
     np.testing.assert_array_equal(found["wt"], wanted["wt"])
     np.testing.assert_array_equal(found["hd"], wanted["hd"])
@@ -296,9 +296,9 @@ def test_big_weights_lie_beside_the_model(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_cannot_be_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     graph = parse(PAIRS)
-    with pytest.raises(InputError, match="no value %nothing to tap"), running(graph, ["nothing"]):
+    with pytest.raises(InputError, match="no value %nothing to tap"), runnable(graph, ["nothing"]):
         pass
-    with running(graph, []) as run:
+    with runnable(graph, []) as run:
         with pytest.raises(InputError, match="inputs x are missing; it takes x"):
             run({})
         with pytest.raises(InputError, match="there is no input v"):
@@ -306,7 +306,7 @@ def test_what_cannot_be_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(InputError, match="ONNX Runtime cannot run the model"):
             run({"x": X[:, :2]})
     broken = parse(PAIRS.replace("onnx.Tanh", "onnx.NoSuchOp"))
-    with running(broken, []) as run, pytest.raises(InputError, match=r"cannot open the model to run it.*NoSuchOp"):
+    with runnable(broken, []) as run, pytest.raises(InputError, match=r"cannot open the model to run it.*NoSuchOp"):
         run({"x": X})
     assert not list(tmp_path.iterdir())  # temporary files went with the contexts
 

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from qcompiler.backends.torch.capture import load
 from qcompiler.backends.torch.emit import filled, to_graph_module
-from qcompiler.backends.torch.running import running
+from qcompiler.backends.torch.running import runnable
 from qcompiler.dtypes import F32
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph, TensorType
@@ -43,7 +43,7 @@ def test_the_same_bits_as_the_emitted_module(name: str) -> None:
         with torch.no_grad():  # whose absence lets some operators choose other kernels
             expected = [x for x in pytree.tree_leaves(to_graph_module(graph)(*fresh(args))) if x is not None]
         for taps in ([], tensors):
-            with running(graph, taps) as run:
+            with runnable(graph, taps) as run:
                 for _ in range(2):  # what one call writes is not seen by the next
                     found = run(feed(graph, args))
                     ours = [x for x in returned(graph, found) if x is not None]
@@ -65,7 +65,7 @@ def test_taps_are_what_the_modules_saw() -> None:
         hook.remove()
     graph = load(program("mlp"))
     taps = [op.result.name for op in graph if op.name.startswith("aten.linear")]
-    with running(graph, taps) as run:
+    with runnable(graph, taps) as run:
         found = run(feed(graph, args))
     assert len(taps) == len(seen) > 1
     for name, wanted in zip(taps, seen, strict=True):
@@ -91,7 +91,7 @@ def test_quantized_ops_have_reference_semantics() -> None:
     op.set_operand(1, value)
     codes = evaluate("q.quantize", [weight.payload.array(), scale], {"scheme": scheme})
     wanted = evaluate("q.dequantize", [codes, scale], {"scheme": scheme})
-    with running(graph, [value.name, op.result.name]) as run:
+    with runnable(graph, [value.name, op.result.name]) as run:
         args = sample("mlp").args
         found = run(feed(graph, args))
     np.testing.assert_array_equal(found[value.name], wanted)
@@ -103,9 +103,9 @@ def test_quantized_ops_have_reference_semantics() -> None:
 
 def test_what_cannot_be_run_is_told() -> None:
     graph = load(program("mlp"))
-    with pytest.raises(InputError, match="no value %nothing"), running(graph, ["nothing"]):
+    with pytest.raises(InputError, match="no value %nothing"), runnable(graph, ["nothing"]):
         pass
-    with running(graph, []) as run:
+    with runnable(graph, []) as run:
         with pytest.raises(InputError, match="are missing; it takes"):
             run({})
         with pytest.raises(InputError, match="there is no input extra"):

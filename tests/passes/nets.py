@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from qcompiler import recipe
-from qcompiler.backends.onnx.running import running
+from qcompiler.backends.onnx.running import runnable
 from qcompiler.calibrate.calibrator import Calibrator
 from qcompiler.calibrate.data import open_data
 from qcompiler.dtypes import F32, Array
@@ -149,13 +149,13 @@ def samples(graph: Graph, count: int, seed: int = 0) -> list[dict[str, Array]]:
 def apply(graph: Graph, steps: str, target: Target | None = None) -> Context:
     """Run the passes over ``graph``, calibrated on four samples."""
     ctx = Context(target)
-    ctx.calibration = Calibrator(open_data(samples(graph, 4)), running)
+    ctx.calibration = Calibrator(open_data(samples(graph, 4)), runnable)
     run(graph, recipe.parse_line(steps).passes, ctx)
     return ctx
 
 
 def outputs(graph: Graph, feed: dict[str, Array]) -> list[Array]:
-    with running(graph, []) as call:
+    with runnable(graph, []) as call:
         found = call(feed)
     return [found[v.name] for v in graph.outputs]
 

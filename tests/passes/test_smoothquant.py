@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qcompiler import migration, recipe, smoothing
-from qcompiler.backends.onnx.running import running
+from qcompiler.backends.onnx.running import runnable
 from qcompiler.calibrate.calibrator import Calibrator, Planned
 from qcompiler.calibrate.data import open_data
 from qcompiler.dtypes import Array
@@ -43,11 +43,11 @@ def batches(graph: Graph, seed: int = 0, count: int = 3) -> list[dict[str, Array
 
 
 def calibrator(graph: Graph) -> Calibrator:
-    return Calibrator(open_data(batches(graph)), running)
+    return Calibrator(open_data(batches(graph)), runnable)
 
 
 def outputs(graph: Graph) -> list[Array]:
-    with running(graph, ()) as call:
+    with runnable(graph, ()) as call:
         found = [call(batch) for batch in batches(graph, seed=7)]
     return [f[v.name] for f in found for v in graph.outputs]
 
@@ -117,7 +117,7 @@ class Observed:
     """The largest magnitude of the channels of a value over their median one."""
 
     def __init__(self, graph: Graph, name: str) -> None:
-        with running(graph, [name]) as call:
+        with runnable(graph, [name]) as call:
             x = np.concatenate([np.abs(call(b)[name]) for b in batches(graph)])
         channels = x.max(axis=0)
         self.spread = float(channels.max() / np.median(channels))
@@ -195,7 +195,7 @@ class Empty(Calibrator):
 def test_a_group_that_was_never_seen_is_left_alone() -> None:
     graph = parse(OUTLIER)
     before = show(graph)
-    ctx = Context(calibration=Empty(open_data([]), running))
+    ctx = Context(calibration=Empty(open_data([]), runnable))
     run(graph, [SmoothQuant()], ctx)
     assert show(graph) == before
     assert [r.reason.message for r in ctx.refusals] == [

@@ -10,7 +10,7 @@ import pytest
 
 from qcompiler import recipe
 from qcompiler.backends.onnx import kernels
-from qcompiler.backends.onnx.running import running
+from qcompiler.backends.onnx.running import runnable
 from qcompiler.calibrate.calibrator import Calibrator, Planned
 from qcompiler.calibrate.data import open_data
 from qcompiler.ir import Graph
@@ -37,7 +37,7 @@ def calibration(graph: Graph, text: str) -> Calibrator | None:
     rng = np.random.default_rng(int(kind.removeprefix("normal ")))
     shapes = {v.name: [d if isinstance(d, int) else 6 for d in v.tensor.shape or ()] for v in graph.inputs}
     batches = [{n: rng.standard_normal(s, dtype=np.float32) for n, s in shapes.items()} for _ in range(4)]
-    return Calibrator(open_data(batches), running)
+    return Calibrator(open_data(batches), runnable)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda p: p.stem)
