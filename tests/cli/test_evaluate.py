@@ -199,6 +199,7 @@ def test_labels_of_tokens_are_targets(language: tuple[Path, Path]) -> None:
     assert found.top1.accuracy == right.mean()
 
 
+@pytest.mark.slow
 def test_text_with_the_tokenizer_of_the_source(tmp_path: Path) -> None:
     """A directory as the reference, text as data."""
     folder = require_data("lm/stories260K/hf", "text/tinystories-sample.txt")
