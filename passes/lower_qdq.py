@@ -32,6 +32,7 @@ SINCE = {"int8": 10, "uint8": 10, "int4": 21, "uint4": 21, "int2": 25, "uint2": 
 """The opset in which QuantizeLinear and DequantizeLinear took each type of codes."""
 BLOCKS, CHANNELS = 21, 13
 """The opsets in which they took scales in blocks, and one scale a channel."""
+LINEARS = ("onnx.MatMul", "onnx.Gemm")
 LARGEST = (1 << 31) - 1
 
 
@@ -217,6 +218,22 @@ def _bias_place(op: Op) -> tuple[Op, int, Value] | None:
     return None if bias is None else (add, slot, bias)
 
 
+def plain_bias(op: Op) -> None:
+    """product(x, w) + b[1, N]  ->  product(x, w) + b[N]   for constants, since only those are joined with a product"""
+    place, dq = _bias_place(op), _weight(op.operand(1))
+    if place is None or dq is None:
+        return
+    owner, slot, bias = place
+    n = (dq.result.tensor.static_shape or (0,))[-1]
+    shape, payload = bias.tensor.static_shape, bias.payload
+    rank = op.result.tensor.rank
+    if payload is None or not is_float_const(bias) or shape is None or len(shape) < 2 or rank is None:
+        return
+    if shape[-1] == n == payload.size and len(shape) <= rank:
+        row = computed("row", lambda p: p.array().reshape(-1), [payload], payload.dtype, (n,))
+        owner.set_operand(slot, _const(bias, f"{bias.name}_row", row))
+
+
 def round_bias(op: Op) -> None:
     """product(x, w) + b  ->  product(x, w) + q.dequantize(round(b / (xs * ws)), xs * ws)   where the result is float"""
     dq, scale = _weight(op.operand(1)), _static_scale(op.operand(0))
@@ -327,7 +344,8 @@ class LowerQdq(Pass):
             if (rows := look_up_codes(op)) is not None:
                 _settle_table(op, rows, ctx.ledger)
         for op in graph.walk():
-            if op.name in ("onnx.MatMul", "onnx.Gemm"):
+            if op.name in LINEARS:
+                plain_bias(op)
                 round_bias(op)
             _settle(op, ctx.ledger)
         for op in list(graph.walk()):
@@ -341,7 +359,8 @@ class LowerQdq(Pass):
 
 
 FORETOLD = "foretold"
-"""Key in the ``stats`` of a site: it is fused only if the runtime is seen, or foretold, to fuse what stands there."""
+"""Key in the ``stats`` of a site: the labels of its product and of what the runtime joins with it. It is fused only if
+the runtime is seen, or foretold, to make a kernel's node of one of them."""
 
 
 def _sizes(dq: Op) -> dict[str, int]:
@@ -363,8 +382,9 @@ def _settle(op: Op, ledger: Ledger) -> None:
     if dq is None:
         return
     op.loc = Loc(str(site), op.loc.scope, op.loc.source)
+    place = _bias_place(op) if op.name in LINEARS else None
     ledger[site].status, ledger[site].bytes = "fused", _sizes(dq)
-    ledger[site].stats[FORETOLD] = True
+    ledger[site].stats[FORETOLD] = (op.label,) if place is None else (op.label, place[0].label)
 
 
 def _settle_table(op: Op, rows: Value, ledger: Ledger) -> None:
