@@ -77,6 +77,9 @@ class InsertActivationQdq(Pass):
             )
         found = list(find_products(graph, matmuls=self.matmuls and not self.activations.dynamic))
         self._check_globs(found)
+        if found and ctx.target is not None and (none := ctx.target.lacks("q.linear_static")) is not None:
+            message = f"activations <{self.activations.text}> have no fused kernel on {ctx.target}"
+            ctx.findings.append(Finding(none.code, self.name, message, none.message, none.fix))
         static: list[Product] = []
         dynamic: dict[Op, Product] = {}
         at_run_time = replace(self.activations, dynamic=True)

@@ -217,6 +217,10 @@ class Target:
     def rows_for(self, op: str) -> list[KernelRow]:
         return sorted((r for r in self.rows if r.op == op), key=lambda r: r.rank)
 
+    def lacks(self, op: str) -> Reason | None:
+        """Why this target has no row for ``op``, where it says so."""
+        return dict(self.absent).get(op)
+
     def row(self, name: str) -> KernelRow:
         """The row called ``name``; raises InputError."""
         for r in self.rows:
@@ -247,7 +251,7 @@ class Target:
         if self.choose(request, phases) is not None:
             return []
         rows = self.rows_for(request.op)
-        if not rows and (told := dict(self.absent).get(request.op)) is not None:
+        if not rows and (told := self.lacks(request.op)) is not None:
             return [told]
         if not rows:
             known = ", ".join(sorted({r.op for r in self.rows})) or "nothing"

@@ -5,22 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
-from qcompiler import numerics
+from qcompiler import api, numerics
 from qcompiler.backends.onnx.building import int32_bias
 from qcompiler.backends.onnx.emit import emit_onnx
 from qcompiler.backends.onnx.evidence import verify_file
 from qcompiler.backends.onnx.judge import sites_of
 from qcompiler.backends.onnx.kernels import target
 from qcompiler.dtypes import BOOL, F32, UINT8
-from qcompiler.errors import InputError
+from qcompiler.errors import InputError, RejectedError
 from qcompiler.ir import Graph, TensorType
 from qcompiler.passes.choose_layout import ChooseLayout
 from qcompiler.payload import constant
 from qcompiler.pipeline import Context
 from qcompiler.scheme import parse_scheme
 from qcompiler.spec import check
+from tests.backends.onnx.build import f32, model_of
 from tests.backends.onnx.integer import Case, apply, conv, linear_dyn, linear_static, matmul, ran, wrong
 from tests.backends.onnx.proof import lower, run
 
@@ -249,6 +252,26 @@ def test_an_op_without_a_site_and_without_a_kernel_is_a_finding() -> None:
     (found,) = ctx.findings
     assert (found.code, found.op, found.severity) == ("QC203", "y", "error")
     assert "another axis than the last" in found.reason
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic"])
+def test_w8a8_for_cuda_is_rejected_whole(recipe: str, tmp_path: Path) -> None:
+    """Not left in float and called accepted: nobody asked for that."""
+    weight = numpy_helper.from_array(rng().standard_normal((64, 64)).astype(np.float32), "w")
+    made = model_of(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], "mm")], [f32("x", 4, 64)], [f32("y", 4, 64)], [weight]
+    )
+    onnx.save(made, tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=np.ones((4, 64), np.float32))
+    with pytest.raises(RejectedError, match=r"QC201 .* no kernel that computes on int8 activations"):
+        api.compile(
+            tmp_path / "m.onnx",
+            target="ort-cuda:sm_90",
+            recipe=recipe,
+            calibration=tmp_path / "x.npz",
+            out=tmp_path / "o.onnx",
+        )
+    assert not (tmp_path / "o.onnx").exists()
 
 
 # -- the artifact --------------------------------------------------------------------------------------------
