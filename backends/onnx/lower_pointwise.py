@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from qcompiler.backends.onnx.building import Builder
@@ -13,6 +14,8 @@ from qcompiler.requests import opset_of_graph
 from qcompiler.target import Choice
 
 DYNAMIC = "onnx.DynamicQuantizeLinear"
+SHARED_BY_ALL = "ort.dynamic"
+"""Key in the ``meta`` of a DynamicQuantizeLinear that was made here."""
 OPSET_OF_LINEAR = 10
 """From this opset on ONNX itself has QuantizeLinear and DequantizeLinear; ``com.microsoft`` always does."""
 
@@ -38,17 +41,23 @@ def dynamic_codes(b: Builder, x: Value) -> Sequence[Value]:
             return user.results
     types = {"codes": TensorType(UINT8, x.tensor.shape), "scale": TensorType(F32, ()), "zero": TensorType(UINT8, ())}
     hints = {f"{x.name}_{word}": type for word, type in types.items()}
-    return b.node(DYNAMIC, [x], label=f"{x.name}.quantize", types=hints).results
+    made = b.node(DYNAMIC, [x], label=f"{x.name}.quantize", types=hints)
+    made.meta[SHARED_BY_ALL] = True
+    return made.results
 
 
 def _reaches(maker: Op, reader: Op) -> bool:
-    """``maker``, lowered before ``reader``, stands in its graph or in an enclosing one."""
-    graph = reader.graph
-    while graph is not maker.graph:
-        if graph.parent is None:
+    """``maker`` stands before ``reader``, in its graph or in an enclosing one.
+
+    What was made here stands before the first op that asked for it, and ops ask in their order.
+    """
+    while reader.graph is not maker.graph:
+        if reader.graph.parent is None:
             return False
-        graph = graph.parent.graph
-    return True
+        reader = reader.graph.parent
+    if maker.meta.get(SHARED_BY_ALL):
+        return True
+    return any(op is reader for op in itertools.dropwhile(lambda op: op is not maker, maker.graph))
 
 
 def quantize(op: Op, choice: Choice) -> Value:

@@ -124,6 +124,19 @@ def test_layers_that_share_an_activation_quantize_it_once() -> None:
         assert wrong(case, y) <= 1
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_a_quantize_of_the_model_itself_is_read_only_where_it_comes_first(first: bool) -> None:
+    graph = shared(1)
+    x, (layer,) = graph.inputs[0], list(graph)
+    types = [("q", TensorType(UINT8, ("m", 8))), ("s", TensorType(F32, ())), ("z", TensorType(UINT8, ()))]
+    own = graph.create("onnx.DynamicQuantizeLinear", [x], {}, types, before=layer if first else None)
+    graph.add_output(own.results[0])
+    names = [op.name.rpartition(".")[2] for op in lower(graph, "ort-cpu:avx512vnni")]
+    assert names.count("DynamicQuantizeLinear") == (1 if first else 2)
+    y, _ = run(graph, [{"x": rng().standard_normal((3, 8)).astype(np.float32)}]).outputs[0]
+    assert y.shape == (3, 4)
+
+
 def test_one_layer_alone_quantizes_inside() -> None:
     assert [op.name for op in lower(shared(1))] == ["com.microsoft.DynamicQuantizeMatMul"]
 
