@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from qcompiler.calibrate.calibrator import Run
 from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.report.model import Quality
 from qcompiler.sites import Site
+from qcompiler.subgraph import Run
 from qcompiler.target import Phase, Target
 from qcompiler.verify.evidence import EvidenceResult
 from qcompiler.verify.findings import Finding

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from qcompiler.agreement import NONE, Gap
-from qcompiler.calibrate.calibrator import Runner
 from qcompiler.comparing import CHUNK, Compared, Fault, Feed, KernelError, outputs_of
 from qcompiler.dtypes import Array
 from qcompiler.errors import Error, InputError
@@ -33,7 +32,7 @@ from qcompiler.pair_bounds import ROUNDING, Range, activation_gap, asked_step, c
 from qcompiler.pipeline import Context, Pass
 from qcompiler.replay import opened, pairs, redefined, same_graph
 from qcompiler.scheme import Scheme
-from qcompiler.subgraph import duplicate
+from qcompiler.subgraph import Runner, duplicate
 from qcompiler.verify.findings import Finding
 
 SAMPLES = 4

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qcompiler.agreement import NONE, Gap, Rounding, codes_differing, differing
-from qcompiler.calibrate.calibrator import Runner
 from qcompiler.clipping import Floats
 from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.numerics import evaluate
 from qcompiler.replay import chunked, computed_names, divergent, redefined, segment
-from qcompiler.subgraph import reads
+from qcompiler.subgraph import Runner, reads
 
 CHUNK = 48
 """So many values inside a graph are held at a time."""

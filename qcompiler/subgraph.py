@@ -1,11 +1,22 @@
-"""A part of a graph as a graph of its own: some of its ops, copied, with what they read as inputs or constants."""
+"""A part of a graph as a graph of its own: some of its ops, copied, with what they read as inputs or constants.
+
+And what a graph is called as once a backend runs it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TypeAlias
 
+from qcompiler.dtypes import Array
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.payload import Payload
+
+Run: TypeAlias = Callable[[Mapping[str, Array]], dict[str, Array]]
+"""A graph that runs: inputs by name -> outputs and tapped values by name."""
+Runner: TypeAlias = Callable[[Graph, Sequence[str]], AbstractContextManager[Run]]
+"""Makes a graph run, with taps at the values of the given names: ``Backend.runner``."""
 
 
 def reads(op: Op) -> Iterator[Value]:

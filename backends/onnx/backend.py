@@ -13,12 +13,12 @@ from qcompiler.backends.onnx import capture as capturing
 from qcompiler.backends.onnx import kernels
 from qcompiler.backends.onnx.emit import emit_onnx
 from qcompiler.backends.onnx.runtime_types import MEASURED_ON, installed_version, why_not_installed
-from qcompiler.calibrate.calibrator import Run
 from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph, Op
 from qcompiler.report.model import Quality
 from qcompiler.sites import Site
+from qcompiler.subgraph import Run
 from qcompiler.target import Phase, Target
 from qcompiler.verify.evidence import EvidenceResult
 from qcompiler.verify.findings import Finding, Severity

@@ -20,12 +20,11 @@ import numpy as np
 
 from qcompiler import numerics
 from qcompiler.backends.onnx.emit import emit_onnx
-from qcompiler.calibrate.calibrator import Run
 from qcompiler.dtypes import Array, dtype_of
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph, Op, TensorType, Value
 from qcompiler.payload import Computation, Payload
-from qcompiler.subgraph import needed, part, reads
+from qcompiler.subgraph import Run, needed, part, reads
 
 MAPPED_OVER = 32 << 20
 """Bytes of constants above which a part's weights lie in a file beside it, which the runtime maps."""

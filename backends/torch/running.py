@@ -16,12 +16,11 @@ from qcompiler import numerics
 from qcompiler.backends.torch.emit import filled, region_module
 from qcompiler.backends.torch.names import target_of
 from qcompiler.backends.torch.payload import TorchPayload, tensor_of
-from qcompiler.calibrate.calibrator import Run
 from qcompiler.dtypes import Array
 from qcompiler.errors import Error, InputError
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.payload import ArrayPayload
-from qcompiler.subgraph import reads
+from qcompiler.subgraph import Run, reads
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TypeAlias
 
 from qcompiler.calibrate.cache import Cache, Entry, graph_digest
@@ -13,12 +12,9 @@ from qcompiler.calibrate.observers import Observer
 from qcompiler.dtypes import Array
 from qcompiler.errors import CalibrationError
 from qcompiler.ir import Graph, Value
+from qcompiler.subgraph import Runner
 from qcompiler.verify.findings import Finding
 
-Run: TypeAlias = Callable[[Mapping[str, Array]], dict[str, Array]]
-"""A graph that runs: inputs by name -> outputs and tapped values by name."""
-Runner: TypeAlias = Callable[[Graph, Sequence[str]], AbstractContextManager[Run]]
-"""Makes a graph run, with taps at the values of the given names: ``Backend.runner``."""
 Wanted: TypeAlias = Mapping[str, Sequence[Observer]]
 """Value name -> what shall watch it."""
 
