@@ -13,7 +13,7 @@ from qcompiler.canonical import canonical_operands
 from qcompiler.conv_views import as_conv
 from qcompiler.integer_spec import FUNCTIONS
 from qcompiler.ir import Graph, Loc, Op, TensorType, Value
-from qcompiler.movement import movement_kind
+from qcompiler.movement import clamp, movement_kind
 from qcompiler.pairs import is_activation, is_constant, same_parameters
 from qcompiler.passes.fold_qdq import fold_requantize
 from qcompiler.passes.fuse_linear import row
@@ -258,6 +258,15 @@ def _readers(value: Value) -> list[Op]:
     return list(out)
 
 
+def _quantized_behind(value: Value) -> bool:
+    """Something quantizes ``value``, directly, after movement or after a clamp, which the runtime may drop there."""
+    readers = _readers(value)
+    return any(
+        u.name == "q.quantize" or (clamp(u) is not None and any(_quantized_behind(r) for r in u.results))
+        for u in readers
+    )
+
+
 def _why_float_product(op: Op, ctx: Context, given: bool) -> str:
     """Why the product ``op`` computes in float on a dequantized activation; empty where it should not."""
     if weight_slots(op):
@@ -277,7 +286,7 @@ def _why_island(op: Op, dq: Op, ctx: Context, given: bool) -> str:
     if op.name in LINEAR_OPS or op.name in CONV_OPS:
         why = _why_float_product(op, ctx, given)
         return why and f"its input is dequantized: {why}"
-    if any(u.name == "q.quantize" for v in op.results for u in _readers(v)):
+    if any(_quantized_behind(v) for v in op.results):
         return "its input is dequantized and its result quantized again"
     maker = dq.operands[0].owner if dq.operands[0] is not None else None
     idle = given and maker is not None and maker.name == "q.quantize"
