@@ -1,0 +1,164 @@
+"""``--check`` over whole compilations: every pass of every recipe keeps its promise, and the report tells it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from qcompiler import api
+from qcompiler import recipe as recipes
+from qcompiler.backends.onnx.emit import emit_onnx
+from qcompiler.cli import status
+from qcompiler.errors import InputError, RecipeError, RejectedError
+from qcompiler.ir import Graph
+from qcompiler.passes.dce import Dce
+from qcompiler.pipeline import Context
+from qcompiler.recipe import Recipe
+from qcompiler.report.model import Report
+from tests import zoo
+from tests.checking.nets import samples, small
+from tests.support import require_data
+
+STATIC = ("w8a8", "w8a8-smooth")
+
+
+def kept(report: Report) -> None:
+    """The model was accepted, every pass was seen, and none was above its bound."""
+    assert report.accepted, report.findings
+    assert [c.name for c in report.checks] == [step.split("{")[0].strip() for step in _steps(report.recipe.text)]
+    assert any(c.compared for c in report.checks)
+    for c in report.checks:
+        assert c.error <= c.bound, c
+    assert any(n.startswith(f"check: {len(report.checks)} passes keep their promise") for n in report.notes)
+
+
+def _steps(text: str) -> list[str]:
+    return [recipes.show_pass(p) for p in recipes.parse_line(text).passes]
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("net") / "small.onnx"
+    emit_onnx(small(), path)
+    return path
+
+
+@pytest.mark.parametrize("recipe", ["w4a16", "w8a16", "w2a16", "w8a8", "w8a8-dynamic", "w8a8-smooth"])
+def test_every_pass_of_a_recipe_keeps_its_promise(recipe: str, net: Path, tmp_path: Path) -> None:
+    data = samples(2) if recipe in STATIC else None
+    kept(api.compile(net, recipe=recipe, calibration=data, check=True, out=tmp_path / "o.onnx").report)
+
+
+@pytest.mark.parametrize("name", ["mlp", "tiny_cnn", "tiny_llama"])
+def test_on_modules_and_made_up_inputs(name: str, tmp_path: Path) -> None:
+    from qcompiler.models import builders
+
+    module, args, shapes = getattr(builders, f"{name}_example")()
+    report = api.compile(
+        module, args=args, dynamic_shapes=shapes, recipe="w8a8-dynamic", check=True, out=tmp_path / "o.onnx"
+    ).report
+    kept(report)
+    assert "check: made-up inputs; give --calibration DATA to check on your own" in report.notes
+
+
+def test_on_a_trained_transformer(tmp_path: Path) -> None:
+    require_data("text")
+    from qcompiler.models import pystdlib
+
+    module, args, shapes = pystdlib.example()
+    rows = [{"input_ids": row[None, :32]} for row in pystdlib.calibration_rows(1)]
+    kept(
+        api.compile(
+            module,
+            args=args,
+            dynamic_shapes=shapes,
+            recipe="w8a8",
+            calibration=rows,
+            check=True,
+            out=tmp_path / "o.onnx",
+        ).report
+    )
+
+
+def test_a_region_that_cannot_be_run_alone_is_told(tmp_path: Path) -> None:
+    module, args, shapes = zoo.llama_tied()
+    report = api.compile(module, args=args, dynamic_shapes=shapes, check=True, out=tmp_path / "o.onnx").report
+    kept(report)
+    assert Report.from_json(report.to_json()) == report
+    again = Report.load(tmp_path / "o.onnx.report.json")
+    assert [c.name for c in again.checks] == [c.name for c in report.checks]
+
+
+def test_the_command_line_checks(net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "data.npz", x=np.concatenate([s["x"] for s in samples(2)]))
+    given = ["compile", str(net), "-o", str(tmp_path / "o.onnx"), "--recipe", "w8a8", "--check", "--json"]
+    assert status([*given, "--calibration", str(tmp_path / "data.npz")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    names = [c["name"] for c in found["checks"]]
+    assert "insert-activation-qdq" in names
+    assert names[-1] == "dce"
+    lossy = [c for c in found["checks"] if c["kind"] == "lossy"]
+    assert all(c["bound"] == 0.5 for c in lossy)
+    assert all(c["drift"] > 0 for c in lossy)
+
+
+class Forgetful(Dce):
+    """Drops a bias and calls that exact."""
+
+    name: ClassVar[str] = "dce"
+
+    def run(self, graph: Graph, ctx: Context) -> None:
+        add = next(op for op in graph.walk() if op.label == "down_add")
+        product = add.operands[0]
+        assert product is not None
+        add.set_operand(1, product)
+
+
+def _forgetful() -> Recipe:
+    whole = recipes.load("w4a16")
+    return Recipe("forgetful", (whole.passes[0], Forgetful(), *whole.passes[1:]))
+
+
+def test_a_broken_promise_rejects_and_leaves_a_repro(net: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.onnx"
+    with pytest.raises(RejectedError, match="QC303 down_add: pass 2, dce") as caught:
+        api.compile(net, recipe=_forgetful(), check=True, out=out)
+    report: Any = caught.value.report
+    assert not out.exists()
+    assert Report.load(tmp_path / "o.onnx.report.json").verdict == "rejected"
+    assert [f.code for f in report.findings] == ["QC303"]
+    (note,) = [n for n in report.notes if n.startswith("check: what is needed")]
+    repro = Path(note.rpartition(" ")[2])
+    assert "qcompiler run" in repro.read_text()
+    assert "down_add" in repro.read_text()
+    repro.unlink()
+
+
+def test_without_the_check_nobody_notices(net: Path, tmp_path: Path) -> None:
+    report = api.compile(net, recipe=_forgetful(), out=tmp_path / "o.onnx").report
+    assert report.accepted
+    assert not report.checks
+
+
+def test_made_up_inputs_that_do_not_fit_are_an_input_error(tmp_path: Path) -> None:
+    from onnx import helper
+
+    from tests.acceptance.graphs import model, weights, write
+
+    nodes = [
+        helper.make_node("Reshape", ["x", "shape"], ["r"]),
+        helper.make_node("MatMul", ["r", "w"], ["y"], name="mm"),
+    ]
+    tensors = {"shape": np.array([7, 64], np.int64), "w": weights(64, 8)}
+    path = write(tmp_path / "m.onnx", model(nodes, [("x", ["n"])], [("y", [7, 8])], tensors))
+    with pytest.raises(InputError, match="found no inputs on which the model runs"):
+        api.compile(path, check=True, out=tmp_path / "o.onnx")
+
+
+def test_unknown_formats_are_named(net: Path) -> None:
+    with pytest.raises(RecipeError, match=r"emit.format is fused or qdq, not 'onnx'"):
+        api.compile(net, settings={"emit.format": "onnx"})
