@@ -1,8 +1,9 @@
 """Run a graph as it stands, taps included: host ops in ONNX Runtime, ``q.*`` ops by their reference semantics.
 
 Host ops are cut into as few parts as their ``q.*`` neighbours allow; each is a model of its own that the runtime opens
-without optimizing it, so that a tapped value is what its op computed and a tap changes nothing. A ``q.*`` op of
-constants is computed once and becomes a constant.
+without optimizing it, so that a tapped value is what its op computed and a tap changes nothing. The exception is f16:
+the CPU runtime computes it in f32 and rounds where it must, so a tapped value is rounded, and what reads it too. A
+``q.*`` op of constants is computed once and becomes a constant.
 """
 
 from __future__ import annotations
