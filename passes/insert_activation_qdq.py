@@ -18,10 +18,12 @@ from qcompiler.movement import clamp, movement_kind
 from qcompiler.payload import constant
 from qcompiler.pipeline import Context, Pass
 from qcompiler.placement import Anchor, Group, Placement
-from qcompiler.products import Product, find_products, restore_weights
+from qcompiler.products import Product, find_products, restore_weights, weight_dequantize
 from qcompiler.requests import request_for
+from qcompiler.scale_floor import with_scale_floor
 from qcompiler.scheme import Scheme
 from qcompiler.sites import matches
+from qcompiler.spec import is_float_const
 from qcompiler.target import Reason, Request
 from qcompiler.verify.findings import Finding
 
@@ -134,6 +136,8 @@ class InsertActivationQdq(Pass):
             products = self._without(blind, products, work)
         for group in placement.groups:
             self._place(group, work)
+        for product in products:
+            _fit_bias(product)
 
     def _makes(self, product: Product, ctx: Context) -> Literal["floats", "codes", "wanted"]:
         """What the kernel makes of ``product``."""
@@ -244,6 +248,20 @@ def _put_pair(value: Value, parameters: list[Value | None], scheme: Scheme, uses
         name = value.name
         home.rename(value, home.fresh(f"{name}_float"))
         home.rename(dequantized.result, name)
+
+
+def _fit_bias(product: Product) -> None:
+    """Let the weight's scales be so large that the bias of a convolution fits into the int32 of its kernel."""
+    bias, x = product.op.operand(2), product.op.operand(0)
+    if product.kind != "conv" or not is_float_const(bias) or not product.weights:
+        return
+    maker = None if x is None else x.owner
+    while maker is not None and maker.name != "q.dequantize" and movement_kind(maker) is not None:
+        source = maker.operand(0)
+        maker = None if source is None else source.owner
+    scale = None if maker is None or maker.name != "q.dequantize" else maker.operand(1)
+    if bias is not None and scale is not None and scale.is_const:
+        with_scale_floor(weight_dequantize(product.op, product.weights[0]), bias, scale)
 
 
 def _insert_dynamic(products: Iterable[Product], scheme: Scheme) -> None:

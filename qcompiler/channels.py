@@ -62,7 +62,7 @@ def subtract(constants: Sequence[Floats]) -> tuple[Floats, Floats]:
 def scaled(weight: Array, table: Floats, rows: NDArray[np.int64]) -> Array:
     """Row ``r`` of ``weight[R, ..]`` times ``table[rows[r]]``, which broadcasts over it."""
     out = np.empty_like(weight)
-    for at in _blocks(weight):
+    for at in blocks(weight):
         with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is infinite, and has no code
             out[at] = weight[at].astype(np.float64) * table[rows[at]]
     return out
@@ -71,13 +71,14 @@ def scaled(weight: Array, table: Floats, rows: NDArray[np.int64]) -> Array:
 def row_sums(weight: Array, table: Floats, rows: NDArray[np.int64]) -> Floats:
     """The sum of row ``r`` of ``weight[R, ..]`` times ``table[rows[r]]``, which broadcasts over it: ``[R]``."""
     out = np.empty(len(weight))
-    for at in _blocks(weight):
+    for at in blocks(weight):
         product = weight[at].astype(np.float64) * table[rows[at]]
         out[at] = product.reshape(len(product), -1).sum(axis=1)
     return out
 
 
-def _blocks(weight: Array) -> list[slice]:
+def blocks(weight: Array) -> list[slice]:
+    """Rows of ``weight`` that are widened to float64 together."""
     step = max(1, BLOCK // max(1, math.prod(weight.shape[1:])))
     return [slice(start, start + step) for start in range(0, len(weight), step)]
 

@@ -24,11 +24,20 @@ from typing import Any
 import numpy as np
 
 from qcompiler.agreement import NONE, Gap
+from qcompiler.bias_correction import correction
 from qcompiler.comparing import CHUNK, Compared, Fault, Feed, KernelError, outputs_of
 from qcompiler.dtypes import Array
 from qcompiler.errors import Error, InputError
 from qcompiler.ir import Graph, Op, Value
-from qcompiler.pair_bounds import ROUNDING, Range, activation_gap, asked_step, code_range, weight_gap
+from qcompiler.pair_bounds import (
+    ROUNDING,
+    Range,
+    activation_gap,
+    asked_step,
+    code_range,
+    correction_gap,
+    weight_gap,
+)
 from qcompiler.pipeline import Context, Pass
 from qcompiler.replay import opened, pairs, redefined, same_graph
 from qcompiler.scheme import Scheme
@@ -187,13 +196,22 @@ class CheckHook:
             if not found.fits:
                 raise self._failed(number, item, _pair_fault(q, dq, found))
             worst = max(worst, found, key=lambda g: g.ratio)
+        for value in graph.consts.values():
+            made = None if value.name in was.consts else correction(value)
+            if made is None or shrunk:
+                continue
+            count += 1
+            gap = correction_gap(made)
+            if not gap.fits:
+                raise self._failed(number, item, Fault(value.name, value.name, gap))
+            worst = max(worst, gap, key=lambda g: g.ratio)
         floats = opened(graph, {dq.result.name for _, dq in live})  # ranges were taken with weights quantized
         for q, dq, gap in self._activations(floats, live, whole=exact_range):
             count += 1
             if not gap.fits:
                 raise self._failed(number, item, _pair_fault(q, dq, gap))
             worst = max(worst, gap, key=lambda g: g.ratio)
-        note = f"{count} pairs; without them the graphs are equal"
+        note = f"{count} pairs and biases; without them the graphs are equal"
         return worst, count, note + (f"; {inside} inside subgraphs were not run alone" if inside else "")
 
     def _activations(self, graph: Graph, live: list[tuple[Op, Op]], *, whole: bool) -> Iterable[tuple[Op, Op, Gap]]:

@@ -49,7 +49,7 @@ def _ints(attrs: Mapping[str, Any], key: str, count: int, default: int) -> list[
     return [int(i) for i in attrs.get(key) or [default] * count]
 
 
-def _pads(attrs: Mapping[str, Any], size: Sequence[int], window: Sequence[int], strides: Sequence[int]) -> list[int]:
+def padding(attrs: Mapping[str, Any], size: Sequence[int], window: Sequence[int], strides: Sequence[int]) -> list[int]:
     """Padding at the begin of each spatial axis, then at the end of each; ``window`` is the dilated kernel."""
     auto = attrs.get("auto_pad", "NOTSET") or "NOTSET"
     if isinstance(auto, bytes):
@@ -89,7 +89,7 @@ def convolve(x: Array, weight: Array, bias: Array | None, attrs: Mapping[str, An
     kernel, strides = list(weight.shape[2:]), _ints(attrs, "strides", d, 1)
     dilations = _ints(attrs, "dilations", d, 1)
     dilated = [(k - 1) * s + 1 for k, s in zip(kernel, dilations, strict=True)]
-    pads = _pads(attrs, x.shape[2:], dilated, strides)
+    pads = padding(attrs, x.shape[2:], dilated, strides)
     wide = np.pad(x.astype(np.float64), [(0, 0), (0, 0), *((pads[i], pads[d + i]) for i in range(d))])
     size = [(n - w) // s + 1 for n, w, s in zip(wide.shape[2:], dilated, strides, strict=True)]
     out = np.zeros((x.shape[0], weight.shape[0], *size))
@@ -113,7 +113,7 @@ def average_pool(x: Array, attrs: Mapping[str, Any]) -> Floats:
     strides, dilations = _ints(attrs, "strides", d, 1), _ints(attrs, "dilations", d, 1)
     dilated = [(k - 1) * s + 1 for k, s in zip(kernel, dilations, strict=True)]
     size = x.shape[2:]
-    pads = _pads(attrs, size, dilated, strides)
+    pads = padding(attrs, size, dilated, strides)
     inside = np.ones((1, 1, *size))
     if attrs.get("count_include_pad", 0):
         inside = np.pad(inside, [(0, 0), (0, 0), *((pads[i], pads[d + i]) for i in range(d))], constant_values=1.0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcompiler.agreement import Gap
+from qcompiler.bias_correction import CorrectedBias
 from qcompiler.clipping import FACTORS, Floats, affine_params
 from qcompiler.dtypes import F64, Array, dtype_of
 from qcompiler.ir import Op
@@ -121,3 +122,19 @@ def asked_step(seen: Range, scheme: Scheme) -> float:
 def code_range(scale: float, zero: float, scheme: Scheme) -> tuple[float, float]:
     """The values that the smallest and the largest code stand for."""
     return (scheme.dtype.qmin - zero) * scale, (scheme.dtype.qmax - zero) * scale
+
+
+def correction_gap(made: CorrectedBias) -> Gap:
+    """How far a corrected bias is from the one before, in steps of the weight: half a step of each is what rounds.
+
+    Reads the weight.
+    """
+    before, after = (p.array().astype(np.float64) for p in (made.uncorrected(), made.outputs()[0]))
+    bound = made.bound()
+    slack = np.spacing(np.abs(before).max(initial=0.0).astype(made.inputs[0].dtype.storage)).astype(np.float64)
+    moved = np.abs(after - before)
+    ratio = float((moved / (bound + slack + np.finfo(np.float64).tiny)).max(initial=0.0))
+    text = (
+        f"the correction moves a bias by {moved.max(initial=0.0):.4g}, the most that rounding does is {bound.max():.4g}"
+    )
+    return Gap(ratio / 2, 0.5 * (1 + ROUNDING), text)

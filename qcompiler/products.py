@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from qcompiler.bias_correction import uncorrect
 from qcompiler.conv_views import as_conv
 from qcompiler.dtypes import F32, DType
 from qcompiler.ir import Graph, Op, Use, Value
@@ -196,4 +197,5 @@ def restore_weights(product: Product) -> bool:
         originals.append(original)
     for (use, dq), original in zip(found, originals, strict=True):
         dq.result.replace_uses(original, [use])
+        uncorrect(product.op, original)
     return True

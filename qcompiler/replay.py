@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Set
 
 import numpy as np
 
+from qcompiler.bias_correction import correction
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.payload import ArrayPayload
 from qcompiler.subgraph import duplicate, part, reads
@@ -101,12 +102,26 @@ def pairs(graph: Graph) -> Iterator[tuple[Op, Op]]:
             yield maker, op
 
 
+def _wide_pairs(graph: Graph) -> list[tuple[Op, Op]]:
+    """``(dequantize, quantize)`` of the host dialect with 16-bit codes, which have no ``q.*`` op."""
+    out = []
+    for op in graph.walk():
+        codes = op.operands[0] if op.name.endswith(".DequantizeLinear") and op.operands else None
+        if codes is not None and codes.owner is not None and codes.owner.name.endswith(".QuantizeLinear"):
+            out.append((op, codes.owner))
+    return out
+
+
 def opened(graph: Graph, only: Set[str] | None = None) -> Graph:
     """A copy in which nothing reads a dequantized value that was quantized just before: it reads the float instead.
 
-    ``only`` names the dequantized values that are meant; None means all.
+    ``only`` names the dequantized values that are meant; None means all, and then biases that were corrected for what
+    the pairs round are again as they were.
     """
     made = duplicate(graph)
+    for value in made.consts.values() if only is None else ():
+        if (corrected := correction(value)) is not None:
+            value.payload = corrected.uncorrected()
     for quantize, dequantize in list(pairs(made)):
         x = quantize.operand(0)
         if x is not None and (only is None or dequantize.result.name in only):
