@@ -32,9 +32,8 @@ class LiftQuantized(Pass):
     """Every QuantizeLinear, DequantizeLinear, MatMulNBits, QLinear op and so on  ->  q.quantize and q.dequantize.
 
     Then what kernels need of products is made so by exact steps: codes of 4 bits under quantized activations in bytes,
-    weights from the left to the right. Activations that no kernel quantizes as the graph states it (16 bits; under
-    weights in blocks) are left in float within the range of their codes. ``lattice`` looks for codes in float weights,
-    which a simplifier may have folded.
+    weights from the left to the right. ``lattice`` looks for codes in float weights, which a simplifier may have
+    folded.
     """
 
     name: ClassVar[str] = "lift-quantized"
@@ -149,7 +148,10 @@ class LiftQuantized(Pass):
     @staticmethod
     def _left(graph: Graph, ctx: Context, log: Iterable[Refusal]) -> None:
         """What no rule could lift keeps its op: the reason is told."""
-        quantized = {op.label for op in graph.walk() if QUANTIZED_OPS.match(op.name) and not op.name.startswith("q.")}
+        wide = [(op, made[0]) for op in graph.walk() if (made := products.wide_pair(op)) is not None]
+        paired = {op for pair in wide for op in pair}  # free-activations takes them away
+        lifted = [op for op in graph.walk() if QUANTIZED_OPS.match(op.name) and not op.name.startswith("q.")]
+        quantized = {op.label for op in lifted if op not in paired}
         plain = {op.label for op in graph.walk() if not QUANTIZED_OPS.match(op.name)}
         for refusal in log:
             if refusal.op not in (quantized if refusal.rule.startswith(("lift_", "refuse_")) else plain):

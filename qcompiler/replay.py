@@ -122,6 +122,12 @@ def opened(graph: Graph, only: Set[str] | None = None) -> Graph:
     for value in made.consts.values() if only is None else ():
         if (corrected := correction(value)) is not None:
             value.payload = corrected.uncorrected()
+    for op in [o for o in made.walk() if o.meta.get("freed")] if only is None else ():
+        assert op.operands[0] is not None  # a clip that stands for a pair: it cuts off what the codes did
+        op.result.replace_uses(op.operands[0])
+    for dequantize, quantize in _wide_pairs(made) if only is None else ():
+        assert quantize.operands[0] is not None
+        dequantize.result.replace_uses(quantize.operands[0])
     for quantize, dequantize in list(pairs(made)):
         x = quantize.operand(0)
         if x is not None and (only is None or dequantize.result.name in only):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.dtypes import BF16, F16, F32, TABLE, Array, DType
-from qcompiler.ir import Op, TensorType, Value
+from qcompiler.ir import Attr, Loc, Op, TensorType, Value
 from qcompiler.payload import computed, constant
 from qcompiler.rewrite import Declined, Rewriter, rule
 from qcompiler.scheme import Scheme
@@ -29,6 +29,8 @@ COMPUTED = (
     *("onnx.LeakyRelu", "onnx.Softmax"),
 )
 MOVES = frozenset({"onnx.Transpose", "onnx.Reshape", "onnx.Squeeze", "onnx.Unsqueeze", "onnx.Identity"})
+FREED = "freed"
+"""Key in the ``meta`` of a Clip that stands for a pair: it cuts off what the codes of the pair did."""
 FLOAT_CODE, HALF_CODE, BFLOAT_CODE = 1, 10, 16
 """``to`` of a Cast to f32, f16 and bf16 (onnx TensorProto.DataType)."""
 
@@ -82,17 +84,36 @@ def clipped(rw: Rewriter, quantize: Op, element: DType) -> Value:
         rw.const(f"{x.name}.{word}", constant(np.array(end), kind))
         for word, end in zip(("low", "high"), ends, strict=True)
     ]
-    return rw.op("onnx.Clip", x, *bounds, type=x.type, hint=f"{x.name}_clip")
+    made = rw.op("onnx.Clip", x, *bounds, type=x.type, hint=f"{x.name}_clip")
+    assert made.owner is not None
+    made.owner.loc, made.owner.meta[FREED] = Loc("", rw.root.loc.scope, rw.root.loc.source), True
+    return made
+
+
+def _again(rw: Rewriter, *operands: Value | None, **attrs: Attr) -> Value:
+    """The root on other operands; it stays the product of its site."""
+    op = rw.root
+    made = rw.op(op.name, *operands, type=op.result.type, **(op.attrs | attrs))
+    assert made.owner is not None
+    made.owner.meta.update(op.meta)
+    return made
+
+
+def wide_pair(op: Op) -> tuple[Op, DType] | None:
+    """The QuantizeLinear that a DequantizeLinear undoes, and the type of its codes, where that has 16 bits."""
+    codes = op.operand(0) if op.name in DEQUANTIZE else None
+    q = None if codes is None else codes.owner
+    element = None if codes is None else code_type(codes, op.operand(2))
+    return (q, element) if q is not None and q.name in QUANTIZE and element is not None and element.bits == 16 else None
 
 
 @rule(*DEQUANTIZE)
 def drop_wide_pair(op: Op, rw: Rewriter) -> Value:
     """DequantizeLinear(QuantizeLinear(x)) of 16-bit codes  ->  clip(x)   moves a value by at most half a step"""
-    codes = op.operand(0)
-    q = None if codes is None else codes.owner
-    element = None if codes is None else code_type(codes, op.operand(2))
-    if q is None or q.name not in QUANTIZE or element is None or element.bits != 16:
+    found = wide_pair(op)
+    if found is None:
         raise rw.declined("no pair of 16-bit codes", quiet=True)
+    q, element = found
     if settle(rw, q.operands[1]) is not settle(rw, op.operands[1]):  # type: ignore[arg-type]  # a pair has scales
         raise rw.declined(f"'{q.label}' and '{op.label}' have different scales", code="QC201")
     return clipped(rw, q, element)
@@ -118,8 +139,7 @@ def free_activation(op: Op, rw: Rewriter) -> Value:
             code="QC303",
             fix="quantize the weight with one scale an output channel",
         )
-    x = clipped(rw, q, q.attrs["scheme"].dtype)
-    return rw.op(op.name, x, *op.operands[1:], type=op.result.type, **op.attrs)
+    return _again(rw, clipped(rw, q, q.attrs["scheme"].dtype), *op.operands[1:])
 
 
 @rule("onnx.MatMul", "onnx.Gemm", "onnx.Conv")
@@ -274,8 +294,7 @@ def refit_weight(op: Op, rw: Rewriter) -> Value:
     if found.dtype != scheme.dtype:
         codes, zero = _in_type(rw, codes, found.dtype), zero and _in_type(rw, zero, found.dtype)
     made = rw.op("q.dequantize", codes, scale, zero, type=dq.result.type, **{**dq.attrs, "scheme": found})
-    weight = _moved_again(rw, op.operands[1], dq.result, made)
-    return rw.op(op.name, op.operands[0], weight, *op.operands[2:], type=op.result.type, **op.attrs)
+    return _again(rw, op.operands[0], _moved_again(rw, op.operands[1], dq.result, made), *op.operands[2:])
 
 
 def _others(scheme: Scheme) -> list[Scheme]:
@@ -420,15 +439,15 @@ def agree_on_zeros(op: Op, rw: Rewriter) -> Value:
 
 
 RULES = (
-    drop_wide_pair,
     quantize_single,
     compute_single,
     plain_gemm,
     turn_left_weight,
     widen_codes,
-    free_activation,
     lift_bfloat,
     refit_weight,
 )
+FREE = (drop_wide_pair, free_activation, lift_bfloat, refit_weight)
+"""Those that leave an activation in float, and what the weight-only product that comes of it needs."""
 LAST = (dequantize_single, agree_on_zeros)
 """For what the others have left."""
