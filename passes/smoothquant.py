@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from qcompiler.calibrate.observers import ChannelObserver, RowSample
+from qcompiler.calibrate.holdback import HeldBack
 from qcompiler.dtypes import Array
 from qcompiler.errors import Error, RecipeError
 from qcompiler.ir import Graph, Op
@@ -27,7 +27,7 @@ from qcompiler.pipeline import Calibration, Context, Pass
 from qcompiler.rewrite import Declined, Refusal
 from qcompiler.scheme import Scheme, parse_scheme
 from qcompiler.sites import matches
-from qcompiler.smoothing import W8A8, Activation, Choice, column_absmax, search_alpha, smoothing_factors
+from qcompiler.smoothing import W8A8, Activation, Choice, column_absmax, magnitudes, search_alpha, smoothing_factors
 from qcompiler.target import Reason
 from qcompiler.views import LINEAR_OPS, LinearView, as_linear
 
@@ -89,7 +89,7 @@ class SmoothQuant(Pass):
         for group in reversed(groups):  # what is folded into a linear's rows is there when its own columns are weighed
             label = ", ".join(names[lin.op] for lin in group.linears)
             try:
-                self._smooth(group, known.get(group), done)
+                self._smooth(group, known[group], done)
             except Declined as e:
                 done.refused[label] = e.reason.message
                 ctx.refusals.append(Refusal("smoothquant", group.linears[0].op.label, label, e.reason))
@@ -140,20 +140,16 @@ class SmoothQuant(Pass):
 
     # -- how far -----------------------------------------------------------------------------------------------
 
-    def _observe(
-        self, graph: Graph, groups: Sequence[Group], calibration: Calibration
-    ) -> dict[Group, tuple[ChannelObserver, RowSample]]:
-        """What passed the input of each group, in one run of all data. Inputs of a group hold the same rows."""
-        known = {group: (ChannelObserver(-1), RowSample(ROWS)) for group in groups}
-        searching = self.alpha == "search"
-        calibration.observe(graph, {g.inputs[0].name: (both if searching else both[:1]) for g, both in known.items()})
+    @staticmethod
+    def _observe(graph: Graph, groups: Sequence[Group], calibration: Calibration) -> dict[Group, HeldBack]:
+        """What passed the input of each group, in one run of all the data."""
+        known = {group: HeldBack(ROWS) for group in groups}
+        calibration.observe(graph, {group.inputs[0].name: [rows] for group, rows in known.items()})
         return known
 
-    def _smooth(self, group: Group, known: tuple[ChannelObserver, RowSample] | None, done: Done) -> None:
+    def _smooth(self, group: Group, known: HeldBack, done: Done) -> None:
         """Rescale one group; raises Declined with the reason, the graph untouched."""
-        assert known is not None
-        channels, sampled = known
-        if channels.lo.shape != (group.k,):
+        if not known.seen:
             raise Declined(f"no calibration data reached its input {group.inputs[0]!r}")
         edits: list[Edit] = []
         reason = ""
@@ -163,7 +159,7 @@ class SmoothQuant(Pass):
             reason = e.reason.message
             if not self.explicit:
                 raise Declined(Reason("", f"{reason}; smoothquant.explicit allows a q.scale")) from None
-        choice = self._choose(group, Activation(sampled.rows, channels.lo, channels.hi))
+        choice = self._choose(group, Activation(*known.parts()))
         if choice.alpha is None:
             done.unmoved.append(group)
             return
@@ -180,16 +176,18 @@ class SmoothQuant(Pass):
         done.smoothed[group] = choice
 
     def _choose(self, group: Group, known: Activation) -> Choice:
-        magnitudes = np.zeros(group.k)
+        columns = np.zeros(group.k)
         for lin in group.weights:
             assert lin.weight.payload is not None
-            magnitudes = np.maximum(magnitudes, column_absmax(lin.weight.payload, lin.axis))
-        if not np.isfinite(magnitudes).all():
+            columns = np.maximum(columns, column_absmax(lin.weight.payload, lin.axis))
+        if not np.isfinite(columns).all():
             raise Declined("its weights hold NaN or infinity")
         if self.alpha != "search":
-            return Choice(self.alpha, smoothing_factors(known.absmax, magnitudes, self.alpha), float("nan"), ())
+            return Choice(
+                self.alpha, smoothing_factors(magnitudes(known.absmax), columns, self.alpha), float("nan"), ()
+            )
         loads = [lambda lin=lin: matrix(lin) for lin in group.weights]
-        return search_alpha(known, loads, magnitudes, W8A8(self.weights, self.activations), self.grid)
+        return search_alpha(known, loads, columns, W8A8(self.weights, self.activations), self.grid)
 
 
 def matrix(lin: LinearView) -> Array:

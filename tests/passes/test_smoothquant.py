@@ -29,12 +29,12 @@ from tests.passes.test_text_passes import CASES
 SMOOTH = [c for c in CASES if c.stem.startswith("smooth_") and "region" not in c.stem]
 
 
-def batches(graph: Graph, seed: int = 0, count: int = 3) -> list[dict[str, Array]]:
+def batches(graph: Graph, seed: int = 0, count: int = 20) -> list[dict[str, Array]]:
     """Normal inputs whose third channel is an outlier."""
     rng = np.random.default_rng(seed)
     out = []
     for _ in range(count):
-        shapes = {v.name: [d if isinstance(d, int) else 5 for d in v.tensor.shape or ()] for v in graph.inputs}
+        shapes = {v.name: [d if isinstance(d, int) else 50 for d in v.tensor.shape or ()] for v in graph.inputs}
         batch = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
         for x in batch.values():
             x[..., 2] *= 40
