@@ -21,9 +21,21 @@ from qcompiler.scheme import Scheme
 from qcompiler.sites import Site
 from qcompiler.spellings import RULES, lattice, products, signs
 from qcompiler.spellings.nbits import KERNEL
+from qcompiler.spellings.qdq import DEQUANTIZE
 from qcompiler.verify.findings import Finding
 from qcompiler.views import CONV_OPS, EmbeddingView, LinearView, kind_of
 
+NODES = {
+    "com.microsoft.GatherBlockQuantized": "embedding",
+    "onnx.QLinearConv": "conv",
+    "com.microsoft.QLinearConv": "conv",
+}
+NODES |= dict.fromkeys(["onnx.QLinearMatMul", "onnx.MatMulInteger"], "linear")
+NODES |= {
+    f"com.microsoft.{n}": "linear"
+    for n in ("MatMulNBits", "MatMulBnb4", "QGemm", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+}
+"""Ops that hold a weight in low bits -> the kind of their site."""
 WAS_FLOAT = "was float in the source"
 
 
@@ -161,6 +173,29 @@ class LiftQuantized(Pass):
             found = Finding(reason.code or "QC205", refusal.op, message, reason.message, reason.fix, "warning")
             if found not in ctx.findings:
                 ctx.findings.append(found)
+        reasons = {r.op: r.reason.message for r in log if r.rule.startswith(("lift_", "refuse_"))}
+        for op in lifted:
+            if op.label in reasons and op not in paired:
+                _keep(op, reasons[op.label], ctx)
+
+
+def _keep(op: Op, reason: str, ctx: Context) -> None:
+    """A site for the weight of an op that is left as it was, or for the products that read it."""
+    if op.name in NODES:
+        n, k = (v if isinstance(v, int) else 0 for v in (op.attrs.get("N"), op.attrs.get("K")))
+        ctx.ledger.skip(ctx.ledger.add(Site(op.label, NODES[op.name], n, k, 4 * n * k)).name, reason)
+        return
+    codes = op.operand(0)
+    if op.name not in DEQUANTIZE or codes is None or not (codes.is_const or codes.payload is not None):
+        return
+    work = list(op.result.users)
+    while work:
+        user = work.pop(0)
+        if user.name in products.MOVES:
+            work += user.result.users
+        elif (kind := kind_of(user)) is not None:
+            n, k = _size(user, kind, op)
+            ctx.ledger.skip(ctx.ledger.add(Site(user.label, kind, n, k, 4 * n * k)).name, reason)
 
 
 def _own_names(graph: Graph) -> None:

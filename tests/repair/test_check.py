@@ -21,7 +21,7 @@ EXACT = (
 LOSSY = ("w8a8-block", "w8a8-u16")
 
 
-@pytest.mark.parametrize("name", (*EXACT, *LOSSY))
+@pytest.mark.parametrize("name", [*EXACT, *LOSSY])
 def test_every_pass_keeps_its_promise(name: str, tmp_path: Path) -> None:
     path = saved(every_case()[name].model, tmp_path)
     report = qcompiler.compile(
