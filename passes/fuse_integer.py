@@ -26,6 +26,7 @@ from qcompiler.sites import Site
 from qcompiler.spec import is_float_const
 from qcompiler.views import CONV_OPS, LINEAR_OPS, as_linear, is_row, through_transposes
 
+SMOOTHED = "factors of single channels, which smoothing could fold into nothing, run in float"
 Parameters = tuple[Value, Value | None, Scheme]
 """Scale, zero point and scheme."""
 
@@ -299,12 +300,14 @@ def name_islands(graph: Graph, ctx: Context, refusals: list[Refusal], *, given: 
     seen: set[Op] = set()
     for dq in [op for op in graph.walk() if op.name == "q.dequantize" and is_activation(op)]:
         for op in _readers(dq.result):
-            if op in seen or op.name.startswith("q.") or not (how := _why_island(op, dq, ctx, given)):
+            ours = op.name.startswith("q.") and op.name != "q.scale"
+            if op in seen or ours or not (how := _why_island(op, dq, ctx, given)):
                 continue
             seen.add(op)
             what = op.name.rpartition(".")[2]
             none = f"{ctx.target or 'the target'} has no integer kernel for {what}"
-            why = said.get(op.label) or ("" if op.name in LINEAR_OPS or op.name in CONV_OPS else none)
+            product = op.name in LINEAR_OPS or op.name in CONV_OPS
+            why = said.get(op.label) or ("" if product else SMOOTHED if op.name == "q.scale" else none)
             reason = f"{why}: {how}" if why else how
             if op.label not in ctx.ledger:
                 ctx.ledger.skip(ctx.ledger.add(Site(op.label, "float", 0, 0, 0)).name, reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qcompiler.backends.onnx import kernels
 from qcompiler.ir import Graph, Op
@@ -31,12 +32,15 @@ def test_moving_and_folding_change_no_bit(graph: Graph) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+SCHEMES = st.sampled_from(["uint8 tensor asym", "int8 tensor sym", "int8 tensor asym", "uint8 tensor asym dynamic"])
+
+
 @SOME
-@given(nets())
-def test_fused_ops_compute_what_the_pairs_did(graph: Graph) -> None:
+@given(nets(), SCHEMES)
+def test_fused_ops_compute_what_the_pairs_did(graph: Graph, scheme: str) -> None:
     """The host ops before sum in f32, the reference after in f64: a code moves by one where they fall on either side
     of a tie, which is rare, and one code of 255 is 48 dB below the range of even a handful of numbers."""
-    apply(graph, f"{PAIRS}, {MOVE}")
+    apply(graph, f"{PAIRS.replace('uint8 tensor asym', scheme)}, {MOVE}")
     feed = samples(graph, 1, seed=9)[0]
     before = outputs(graph, feed)
     ctx = apply(graph, FUSE, kernels.target("ort-cpu:avx512vnni"))
@@ -60,5 +64,5 @@ def every_island_is_named(graph: Graph, named: set[str]) -> None:
         assert not again or op.label in named, op.label
     for op in graph.walk():
         if op.name == "q.dequantize" and is_activation(op) and not is_constant(op.operand(0)):
-            source = op.operands[0].owner  # type: ignore[union-attr]
+            source = op.operands[0].owner  # type: ignore[union-attr]  # a dequantize has codes
             assert source is None or source.name != "q.quantize", "a pair around nothing"
