@@ -160,6 +160,8 @@ class Step:
         # One arena is filled alike by every batch and stays as it is; many would keep the sum of their peaks.
         options.enable_cpu_mem_arena = self.alone
         options.enable_mem_pattern = False  # it plans for shapes that change with every batch
+        if size > MAPPED_OVER:
+            options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights are copies
         try:
             self.session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as e:

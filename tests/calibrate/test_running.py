@@ -1,6 +1,7 @@
 """ONNX graphs run as ONNX Runtime runs the model, bit for bit, with and without taps; q ops by their reference."""
 
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -331,6 +332,25 @@ def test_big_weights_lie_beside_the_model(monkeypatch: pytest.MonkeyPatch) -> No
         found = run({"x": X})
     np.testing.assert_array_equal(found["wt"], wanted["wt"])
     np.testing.assert_array_equal(found["hd"], wanted["hd"])
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no mapped file."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s*(\d+) kB", status)[1]) << 10  # type: ignore[index]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel tells it under /proc alone")
+def test_weights_are_mapped_and_not_copied() -> None:
+    """128 MiB of weights in a session that ran: less than a quarter of that in memory of our own."""
+    consts = "".join(f"  const %w{i} : f32[1024, 1024] = rand:{i}\n" for i in range(32))
+    ops = "".join(f"  %h{i + 1} : f32[n, 1024] = onnx.MatMul(%h{i}, %w{i})\n" for i in range(32))
+    graph = parse(f"graph @g dialect=onnx {{\n  input %h0 : f32[n, 1024]\n{consts}{ops}  return %h32\n}}\n")
+    before = anonymous_bytes()
+    with runnable(graph, ["h1"]) as run:
+        found = run({"h0": np.zeros((2, 1024), np.float32)})
+        assert found["h32"].shape == (2, 1024)
+        assert anonymous_bytes() - before < 32 << 20
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------
