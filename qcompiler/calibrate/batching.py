@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.calibrate.forms import Sample, as_array, check_names, listed
+from qcompiler.calibrate.forms import Sample, check_names, listed
+from qcompiler.calibrate.objects import as_array
 from qcompiler.dtypes import Array, dtype_of
 from qcompiler.errors import InputError
 from qcompiler.ir import Value

@@ -14,11 +14,10 @@ from qcompiler.calibrate.forms import (
     JsonlSource,
     NpySource,
     NpzSource,
-    ObjectSource,
     Source,
     TextSource,
-    function_of,
 )
+from qcompiler.calibrate.objects import ObjectSource, function_of
 from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
 from qcompiler.ir import Value

@@ -81,6 +81,7 @@ FLOORS: dict[str, int] = {
     "qcompiler.calibrate.data": 2,
     "qcompiler.calibrate.batching": 2,
     "qcompiler.calibrate.forms": 2,
+    "qcompiler.calibrate.objects": 2,
     "qcompiler.calibrate.cache": 2,
     "qcompiler.calibrate.calibrator": 2,
     "qcompiler.calibrate.tokens": 4,
