@@ -60,7 +60,22 @@ def dims(value: Value) -> tuple[int, ...]:
 
 
 IMAGE_OPS = (
-    *("Conv", "Depthwise", "Relu", "Relu6", "LeakyRelu", "Sigmoid", "Exp", "Add", "AddConst", "Mul", "Concat"),
+    *(
+        "Conv",
+        "Conv",
+        "Conv",
+        "Concat",
+        "Depthwise",
+        "Relu",
+        "Relu6",
+        "LeakyRelu",
+        "Sigmoid",
+        "Exp",
+        "Add",
+        "AddConst",
+        "Mul",
+        "Concat",
+    ),
     *("MaxPool", "AveragePool", "Transpose", "Pad", "Slice", "Resize"),
 )
 
