@@ -69,7 +69,7 @@ class SmoothQuant(Pass):
 
     def __post_init__(self) -> None:
         for number in (*self.grid, *([] if self.alpha == "search" else [self.alpha])):
-            if not isinstance(number, int | float) or not 0 <= number <= 1:
+            if not 0 <= number <= 1:
                 raise RecipeError(f'smoothquant: alpha is a number from 0 to 1, or "search"; not {number!r}')
         W8A8(self.weights, self.activations)
 
