@@ -9,10 +9,7 @@ Nodes of one shape take turns; the fastest call of each counts (microseconds), s
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from circumstances import circumstances
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 MS = "com.microsoft"
@@ -137,11 +135,6 @@ def measured(
     }
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--seconds", type=float, default=0.3, help="for each node of each shape")
@@ -154,13 +147,8 @@ def main() -> None:
             runs.append({"k": k, "n": n, "m": m, "nodes": measured(candidates(k, n, m, a.threads), a.seconds)})
             best = ", ".join(f"{name} {t['fastest_us']:.0f}" for name, t in runs[-1]["nodes"].items())  # type: ignore[attr-defined]
             print(f"K={k} N={n} M={m}: {best}", flush=True)
-    found = {
-        "command": "python " + " ".join(sys.argv),
-        "machine": {"processor": processor()},
-        "versions": {"python": platform.python_version(), "onnxruntime": importlib.metadata.version("onnxruntime")},
-        "settings": {"threads": a.threads, "seconds": a.seconds},
-        "runs": runs,
-    }
+    found = circumstances("benchmarks/integer_linear.py", "onnxruntime", threads=a.threads, seconds=a.seconds)
+    found["runs"] = runs
     if a.json:
         a.json.write_text(json.dumps(found, indent=1) + "\n")
 

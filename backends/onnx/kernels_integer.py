@@ -3,13 +3,14 @@
 ``u8s8`` in a name: uint8 activations, int8 weights; ``u8u8`` and ``s8s8`` likewise. What decides between them, measured
 on ONNX Runtime 1.31 (benchmarks/results/integer_linear.json, tests/backends/onnx/test_chips_integer.py):
 
-  - With VNNI, u8s8 is the fast one; u8u8 takes 2.3 times as long at M of 16 and more, s8s8 5 to 13 times at any M.
+  - With VNNI, u8s8 is the fast one; u8u8 takes about twice as long at M of 16 and more, s8s8 11 to 20 times.
   - Without VNNI, u8s8 products saturate in 16 bits, except those of ``ConvInteger``. There the same codes are stored
     128 higher with zero point 128 (u8u8): the same numbers, exact on every chip. s8s8 is exact everywhere too.
-  - A float bias is added by ``MatMulIntegerToFloat``; a ``QuantizeLinear`` behind it costs less than ``QGemm``, which
-    rounds the bias to int32 besides. ``QGemm`` is there for those who ask for it by name.
-  - One ``DynamicQuantizeLinear`` for several ``MatMulIntegerToFloat`` of an activation saves up to 6 % against a
-    ``DynamicQuantizeMatMul`` each; for a single one there is no difference.
+  - A float bias is added by ``MatMulIntegerToFloat``; with a ``QuantizeLinear`` behind it that takes as long as
+    ``QGemm`` (median ratio 1.00), which rounds the bias to int32 besides. ``QGemm`` is there for those who ask for it by
+    name. Without a bias ``QLinearMatMul`` takes 0.95 of that.
+  - Layers that share an activation share one ``DynamicQuantizeLinear``: the work is done once. In time that is worth no
+    more than the noise of the measurement, so a layer alone gets ``DynamicQuantizeMatMul``, one node for all.
 
 What has no row, and why:
   - activations scaled per token: no kernel takes more than one scale for them.
@@ -40,7 +41,7 @@ _FLOAT = f"{_EXACT}; scaled and biased in f32"
 _CODES = f"{_EXACT}; requantized in f32, so a code may be off by one at a tie"
 _ROUNDED_BIAS = f"{_CODES}; the bias is rounded to int32 in steps of x scale times w scale"
 
-SLOW = "13 times as long as u8s8 at M=1, 5 to 13 times at M=128"
+SLOW = "11 to 20 times as long as u8s8"
 SLOW_CONV = "4 to 20 times as long as u8u8"
 FLIPPED = "int8 weights are stored 128 higher, with zero point 128: the same numbers"
 
