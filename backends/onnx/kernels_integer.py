@@ -7,8 +7,8 @@ on ONNX Runtime 1.31 (benchmarks/results/integer_linear.json, tests/backends/onn
   - Without VNNI, u8s8 products saturate in 16 bits, except those of ``ConvInteger``. There the same codes are stored
     128 higher with zero point 128 (u8u8): the same numbers, exact on every chip. s8s8 is exact everywhere too.
   - A float bias is added by ``MatMulIntegerToFloat``; with a ``QuantizeLinear`` behind it that takes as long as
-    ``QGemm`` (median ratio 1.00), which rounds the bias to int32 besides. ``QGemm`` is there for those who ask for it by
-    name. Without a bias ``QLinearMatMul`` takes 0.95 of that.
+    ``QGemm`` (median ratio 1.00), which rounds the bias to int32 besides. ``QGemm`` is there for those who ask for it
+    by name. Without a bias ``QLinearMatMul`` takes 0.95 of that.
   - Layers that share an activation share one ``DynamicQuantizeLinear``: the work is done once. In time that is worth no
     more than the noise of the measurement, so a layer alone gets ``DynamicQuantizeMatMul``, one node for all.
 
