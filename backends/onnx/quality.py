@@ -18,7 +18,7 @@ from qcompiler.verify.findings import Finding
 
 ROWS = (32, 8, 2, 1)
 """Rows (tokens, pictures) of the made-up inputs: the most of these whose inputs are within :data:`INPUT_BYTES`."""
-INPUT_BYTES = 1 << 20
+INPUT_BYTES = 1 << 16
 SEEDS = 4
 BATCHES = 8
 """Batches of data that are compared."""
