@@ -232,4 +232,5 @@ def _before_rounding(op: Op, was: Mapping[str, Array]) -> Floats | None:
     zero = arrays[slot + 1] if slot + 1 < len(arrays) else None
     assert y is not None
     middle = 0.0 if zero is None else float(zero)
-    return y.astype(np.float64) / float(arrays[slot]) + middle  # type: ignore[arg-type]
+    steps: Floats = y.astype(np.float64) / float(arrays[slot]) + middle  # type: ignore[arg-type]
+    return steps

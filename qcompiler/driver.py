@@ -21,6 +21,7 @@ from qcompiler.calibrate.cache import Cache
 from qcompiler.calibrate.calibrator import Calibrator
 from qcompiler.calibrate.data import Data
 from qcompiler.checking import CheckedPass, CheckFailed, CheckHook
+from qcompiler.comparing import Feed
 from qcompiler.errors import BadWeights, RecipeError, RejectedError
 from qcompiler.fileio import Staged
 from qcompiler.ir import Graph
@@ -136,8 +137,8 @@ def checker(job: Job, graph: Graph) -> CheckHook:
     backend, data = job.backend, None if job.calibrator is None else job.calibrator.data
     job.progress.stage("check: samples")
     if data is not None:
-        feeds = list(itertools.islice(data.batches(graph.inputs), checking.SAMPLES + 1))
-        complete, feeds = len(feeds) <= checking.SAMPLES, feeds[: checking.SAMPLES]
+        given = list(itertools.islice(data.batches(graph.inputs), checking.SAMPLES + 1))
+        complete, feeds = len(given) <= checking.SAMPLES, list[Feed](given[: checking.SAMPLES])
     else:
         complete, feeds = False, checking.running_feeds(backend.runner, graph, backend.made_up)
         job.notes.append("check: made-up inputs; give --calibration DATA to check on your own")

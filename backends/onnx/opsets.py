@@ -13,6 +13,8 @@ from qcompiler.subgraph import duplicate
 
 LARGE = 1 << 10
 """Bytes from which a constant is hidden from the converter: what adapters read (axes, shapes, scales) is smaller."""
+CHANGED = {"onnx.GroupNormalization": 21}
+"""Ops whose operands mean something else from an opset on, and which onnx 1.23 passes on as they are."""
 IR_OF = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 """The IR version that came with an opset."""
 
@@ -26,6 +28,11 @@ def raised(graph: Graph, least: int, why: str) -> Graph:
     have = opset_of(graph)
     if have >= least:
         return graph
+    fix = f"export the model with opset {least} or later"
+    what = f"{why} needs opset {least}, the model has {have}"
+    for op in graph.walk():
+        if op.name in CHANGED and have < CHANGED[op.name] <= least:
+            raise InputError(f"{what}, and the converter leaves {op.name} '{op.label}' with another meaning; {fix}")
     light = duplicate(graph)
     hidden = [v.name for v in light.consts.values() if v.payload is not None and v.payload.nbytes >= LARGE]
     for name in hidden:
@@ -38,8 +45,6 @@ def raised(graph: Graph, least: int, why: str) -> Graph:
         converted = version_converter.convert_version(to_model(light), least)
     except Exception as e:  # the converter raises RuntimeError, ConvertError, IndexError ...
         line = " ".join(str(e).split())[:300]
-        fix = f"export the model with opset {least} or later"
-        what = f"{why} needs opset {least}, the model has {have}"
         raise InputError(f"{what}, and onnx cannot convert it: {line}; {fix}") from e
     made = _loaded(converted, graph, least)
     for name in hidden:

@@ -56,6 +56,7 @@ FLOORS: dict[str, int] = {
     "qcompiler.subgraph": 1,
     "qcompiler.metrics": 1,
     "qcompiler.agreement": 1,
+    "qcompiler.standard_places": 1,
     "qcompiler.replay": 2,
     "qcompiler.pair_bounds": 2,
     "qcompiler.comparing": 2,
