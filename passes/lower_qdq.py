@@ -202,7 +202,7 @@ def _settle(op: Op, ledger: Ledger) -> None:
 
 def _settle_table(op: Op, rows: Value, ledger: Ledger) -> None:
     """Put the looked-up rows in the place of the Gather's result; nothing of the table is expanded but them."""
-    site, table = op.meta.get("site"), op.operands[0]
+    site, table = str(op.meta.get("site", "")), op.operands[0]
     dq = stored_weight(table)
     if site in ledger and dq is not None:
         ledger[site].status, ledger[site].bytes = "fused", _sizes(dq)

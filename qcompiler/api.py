@@ -87,9 +87,10 @@ def compile(
     ``calibration`` is the data that recipes measure activations on: the path of an .npz, .npy, .jsonl or .txt file,
     ``package.module:function``, a mapping of arrays by input (first axis = samples), an iterable of input dicts, or a
     function that returns either.
-    ``settings`` maps ``pass.key`` to a value (``emit.external`` = true puts the weights beside the model), ``skip``
-    adds site globs, ``max_ram`` bounds private memory in bytes. ``check`` runs the graph before and after each pass, on
-    the calibration data or on made-up inputs, and rejects with QC303 at the first pass that breaks its promise.
+    ``settings`` maps ``pass.key`` to a value (``emit.external`` = true puts the weights beside the model,
+    ``emit.format`` = qdq writes QuantizeLinear and DequantizeLinear in the place of fused nodes), ``skip`` adds site
+    globs, ``max_ram`` bounds private memory in bytes. ``check`` runs the graph before and after each pass, on the
+    calibration data or on made-up inputs, and rejects with QC303 at the first pass that breaks its promise.
     Raises InputError, RecipeError or CalibrationError for a request that cannot be met and RejectedError, which carries
     the report, when the verifier refuses the result.
     """
@@ -175,7 +176,13 @@ def plan(
     """What compiling would do to each site, without reading a weight."""
     if tp not in (None, 1):
         raise InputError("planning for tensor-parallel shards is not there yet; leave --tp out")
-    job = driver.start(target, recipes.adjusted(recipes.load(recipe), settings or {}, skip), phases, progress)
+    passes, emission = driver.split_settings(settings or {})
+    if emission.get("format") == "qdq":
+        raise InputError(
+            "a plan names the kernels that we choose, and with emit.format=qdq the runtime chooses them; compile, and "
+            "read the verdict"
+        )
+    job = driver.start(target, recipes.adjusted(recipes.load(recipe), passes, skip), phases, progress)
     job.ctx.calibration = Planned()
     captured = driver.capture(job, source, args, dynamic_shapes)
     try:

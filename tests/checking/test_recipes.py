@@ -11,18 +11,21 @@ import pytest
 
 from qcompiler import api
 from qcompiler import recipe as recipes
+from qcompiler.backends import backend_of
 from qcompiler.backends.onnx.emit import emit_onnx
+from qcompiler.checking import CheckHook, told
 from qcompiler.cli import status
 from qcompiler.errors import InputError, RecipeError, RejectedError
 from qcompiler.ir import Graph
 from qcompiler.passes.dce import Dce
-from qcompiler.pipeline import Context
+from qcompiler.pipeline import Context, run
 from qcompiler.recipe import Recipe
 from qcompiler.report.model import Report
 from tests import zoo
 from tests.checking.nets import samples, small
 from tests.support import require_data
 
+BACKEND = backend_of("ort-cpu")
 STATIC = ("w8a8", "w8a8-smooth")
 
 
@@ -65,6 +68,7 @@ def test_on_modules_and_made_up_inputs(name: str, tmp_path: Path) -> None:
     assert "check: made-up inputs; give --calibration DATA to check on your own" in report.notes
 
 
+@pytest.mark.slow
 def test_on_a_trained_transformer(tmp_path: Path) -> None:
     require_data("text")
     from qcompiler.models import pystdlib
@@ -84,13 +88,53 @@ def test_on_a_trained_transformer(tmp_path: Path) -> None:
     )
 
 
-def test_a_region_that_cannot_be_run_alone_is_told(tmp_path: Path) -> None:
+def test_what_was_checked_is_in_the_report(tmp_path: Path) -> None:
     module, args, shapes = zoo.llama_tied()
     report = api.compile(module, args=args, dynamic_shapes=shapes, check=True, out=tmp_path / "o.onnx").report
     kept(report)
     assert Report.from_json(report.to_json()) == report
     again = Report.load(tmp_path / "o.onnx.report.json")
     assert [c.name for c in again.checks] == [c.name for c in report.checks]
+
+
+def test_codes_inside_a_branch_are_told_as_not_compared(tmp_path: Path) -> None:
+    made = _branches()
+    data = [{"x": np.random.default_rng(i).standard_normal((4, 32)).astype(np.float32)} for i in range(2)]
+    hook = CheckHook(BACKEND.runner, data, BACKEND.kernel_error)
+    passes = recipes.parse_line(
+        'insert-qdq{weights = "int8 channel sym"}, insert-activation-qdq{activations = "uint8 tensor asym dynamic"}'
+    ).passes
+    run(made, passes, Context(), [hook])
+    first, second = hook.results
+    assert (first.compared, first.note[:2]) == (2, "2 ")
+    assert second.compared == 0
+    assert second.note.startswith("not compared: q.choose_qparams")
+    assert "not compared: insert-activation-qdq" in told(hook.results)[0]
+
+
+def _branches() -> Graph:
+    """A product at the top, and one in either branch of an If."""
+    from onnx import helper
+
+    from qcompiler.backends.onnx.load import load_onnx
+    from tests.acceptance.graphs import model, weights
+
+    out = [helper.make_tensor_value_info("t", 1, None)]
+    then = helper.make_graph([helper.make_node("MatMul", ["h", "in.weight"], ["t"], name="inner")], "then", [], out)
+    out = [helper.make_tensor_value_info("e", 1, None)]
+    other = helper.make_graph([helper.make_node("Relu", ["h"], ["e"], name="relu")], "else", [], out)
+    nodes = [
+        helper.make_node("MatMul", ["x", "top.weight"], ["h"], name="top"),
+        helper.make_node("ReduceMax", ["h"], ["m"], keepdims=0),
+        helper.make_node("Greater", ["m", "zero"], ["c"]),
+        helper.make_node("If", ["c"], ["y"], name="if", then_branch=then, else_branch=other),
+    ]
+    tensors = {
+        "top.weight": weights(32, 32),
+        "in.weight": weights(32, 16, seed=1),
+        "zero": np.zeros((), np.float32),
+    }
+    return load_onnx(model(nodes, [("x", [4, 32])], [("y", None)], tensors))
 
 
 def test_the_command_line_checks(net: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,9 +145,9 @@ def test_the_command_line_checks(net: Path, tmp_path: Path, capsys: pytest.Captu
     names = [c["name"] for c in found["checks"]]
     assert "insert-activation-qdq" in names
     assert names[-1] == "dce"
-    lossy = [c for c in found["checks"] if c["kind"] == "lossy"]
-    assert all(c["bound"] == 0.5 for c in lossy)
-    assert all(c["drift"] > 0 for c in lossy)
+    lossy = [c for c in found["checks"] if c["kind"] == "lossy" and c["name"].startswith("insert")]
+    assert len(lossy) == 2
+    assert all(c["compared"] and c["bound"] == 0.5 and c["drift"] > 0 for c in lossy)
 
 
 class Forgetful(Dce):

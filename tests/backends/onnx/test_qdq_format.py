@@ -24,7 +24,7 @@ from qcompiler.backends.onnx.load import load_onnx, opset_of
 from qcompiler.backends.onnx.opsets import raised
 from qcompiler.calibrate.data import open_data
 from qcompiler.errors import InputError, RejectedError
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, Op
 from qcompiler.passes.lower_qdq import LowerQdq
 from qcompiler.pipeline import Context, run
 from qcompiler.reader import parse
@@ -251,6 +251,32 @@ def test_the_codes_are_those_of_the_fused_artifact(recipe: str, folder: Path) ->
             array = want.payload.array()  # type: ignore[union-attr]
             found = value.payload.array()  # type: ignore[union-attr]
             np.testing.assert_array_equal(array.T.reshape(found.shape), found)
+
+
+@pytest.mark.parametrize("recipe", ["w4a16", "w8a16", "w8a8", "w8a8-dynamic"])
+def test_the_artifact_reads_back_as_the_pairs_it_was_made_of(recipe: str, folder: Path) -> None:
+    """``lift-quantized`` gives the same codes, scales and zero points, and the same outputs."""
+    case = Case("plain", recipe)
+    path, _ = artifact(case, folder)
+    made, lifted = load_onnx(path), load_onnx(path)
+    run(lifted, recipes.parse_line("lift-quantized").passes, Context())
+    assert not any("QuantizeLinear" in op.name or "DequantizeLinear" in op.name for op in lifted)
+    written = [op.operands for op in made if op.name == "onnx.DequantizeLinear" and _stored(op)]
+    read = [op.operands for op in lifted if op.name == "q.dequantize" and _stored(op)]
+    assert len(written) == len(read) == 2
+    for theirs, ours in zip(written, read, strict=True):
+        for a, b in zip(theirs, ours, strict=False):
+            np.testing.assert_array_equal(a.payload.array().reshape(-1), b.payload.array().reshape(-1))  # type: ignore[union-attr]
+    feed = source("plain", folder)[1][0]
+    with BACKEND.runner(lifted, ()) as reference:
+        wanted = reference(feed)
+    for value, got in zip(lifted.outputs, outputs(path, feed), strict=True):
+        gap = differing(wanted[value.name], got, Rounding(lifted).relative(value))
+        assert gap.fits, gap.text
+
+
+def _stored(op: Op) -> bool:
+    return all(v is None or v.is_const for v in op.operands)
 
 
 # -- tables ----------------------------------------------------------------------------------------------------
