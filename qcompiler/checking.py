@@ -36,10 +36,11 @@ from qcompiler.pair_bounds import (
     asked_step,
     code_range,
     correction_gap,
+    rounded_gap,
     weight_gap,
 )
 from qcompiler.pipeline import Context, Pass
-from qcompiler.replay import opened, pairs, redefined, same_graph
+from qcompiler.replay import opened, pairs, redefined, rounded, same_graph
 from qcompiler.scheme import Scheme
 from qcompiler.subgraph import Runner, duplicate
 from qcompiler.verify.findings import Finding
@@ -52,7 +53,7 @@ SAMPLES = 4
 class CheckedPass:
     """What was found at one pass. ``error`` is the worst of what was compared and ``bound`` what it may be, in the unit
     of the pass's kind: shares of the largest element (exact, layout) or steps (lossy). ``drift`` is how far the outputs
-    moved, as a share of their largest element; ``seconds`` what the check took."""
+    moved, as a share of their largest element (None where that is not finite); ``seconds`` what the check took."""
 
     number: int
     name: str
@@ -61,7 +62,7 @@ class CheckedPass:
     compared: int
     error: float
     bound: float
-    drift: float
+    drift: float | None
     seconds: float
     note: str = ""
 
@@ -132,9 +133,9 @@ class CheckHook:
 
     def _note(self, number: int, item: Pass, gap: Gap, count: int, drift: float, start: float, note: str) -> None:
         seconds = time.perf_counter() - start
-        samples = len(self.feeds)
+        samples, moved = len(self.feeds), drift if math.isfinite(drift) else None
         made = CheckedPass(
-            number + 1, item.name, item.kind, samples, count, gap.error, gap.allowed, drift, seconds, note
+            number + 1, item.name, item.kind, samples, count, gap.error, gap.allowed, moved, seconds, note
         )
         self.results.append(made)
 
@@ -179,7 +180,8 @@ class CheckHook:
                 fault, _ = pair.blame(feed, a, b)
                 if fault is not None:
                     raise self._failed(number, item, fault)
-        new = [p for p in pairs(graph) if p[1].result.name not in {r.name for op in was.walk() for r in op.results}]
+        known = {r.name for op in was.walk() for r in op.results}
+        new = [p for p in pairs(graph) if p[1].result.name not in known]
         exact_range = getattr(item, "observer", "minmax") == "minmax"
         shrunk = getattr(item, "clip", "absmax") == "mse"
         worst, count, inside = NONE, 0, 0
@@ -196,15 +198,11 @@ class CheckHook:
             if not found.fits:
                 raise self._failed(number, item, _pair_fault(q, dq, found))
             worst = max(worst, found, key=lambda g: g.ratio)
-        for value in graph.consts.values():
-            made = None if value.name in was.consts else correction(value)
-            if made is None or shrunk:
-                continue
+        for fault in _other_constants(was, graph, known, shrunk=shrunk):
             count += 1
-            gap = correction_gap(made)
-            if not gap.fits:
-                raise self._failed(number, item, Fault(value.name, value.name, gap))
-            worst = max(worst, gap, key=lambda g: g.ratio)
+            if not fault.gap.fits:
+                raise self._failed(number, item, fault)
+            worst = max(worst, fault.gap, key=lambda g: g.ratio)
         floats = opened(graph, {dq.result.name for _, dq in live})  # ranges were taken with weights quantized
         for q, dq, gap in self._activations(floats, live, whole=exact_range):
             count += 1
@@ -319,13 +317,28 @@ def told(checks: Sequence[CheckedPass]) -> list[str]:
     names = ", ".join(
         f"{c.name} {c.error:.2g} of {c.bound:.2g} {'steps' if c.kind == 'lossy' else 'allowed'}" for c in judged
     )
-    drift = max((c for c in checks if c.kind == "lossy"), key=lambda c: c.drift, default=None)
-    moved = "" if drift is None else f"; {drift.name} moves the outputs by {drift.drift:.2g} of their largest element"
+    drift = max((c for c in checks if c.kind == "lossy"), key=lambda c: c.drift or 0.0, default=None)
+    moved = (
+        ""
+        if drift is None or drift.drift is None
+        else f"; {drift.name} moves the outputs by {drift.drift:.2g} of their largest element"
+    )
     seconds = sum(c.seconds for c in checks)
     samples = max(c.samples for c in checks)
     kept = f"check: {len(checks) - len(blind)} passes keep their promise on {samples} samples ({seconds:.1f} s)"
     missed = f"; not compared: {', '.join(blind)}" if blind else ""
     return [f"{kept}: {names or 'none changed anything'}{moved}{missed}"]
+
+
+def _other_constants(was: Graph, graph: Graph, known: set[str], *, shrunk: bool) -> Iterable[Fault]:
+    """New codes that are no pair's, and new biases that take back what rounding does: how far they are off."""
+    for dq, by in rounded(graph):
+        if dq.result.name not in known:
+            yield Fault(dq.label, dq.result.name, rounded_gap(dq, by, shrunk=shrunk), dq.name)
+    for value in graph.consts.values():
+        made = None if value.name in was.consts else correction(value)
+        if made is not None and not shrunk:
+            yield Fault(value.name, value.name, correction_gap(made))
 
 
 def _pair_fault(q: Op, dq: Op, gap: Gap) -> Fault:

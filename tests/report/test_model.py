@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcompiler.checking import CheckedPass
 from qcompiler.errors import InputError, StructureError
 from qcompiler.report.model import (
     EXACT_DB,
@@ -67,6 +68,19 @@ qualities = st.builds(
     outputs=st.dictionaries(texts, st.builds(OutputQuality, any_floats, any_floats, any_floats), max_size=2),
     perplexity=st.none() | st.builds(Perplexity, numbers, numbers),
 )
+checks = st.builds(
+    CheckedPass,
+    number=counts,
+    name=texts,
+    kind=st.sampled_from(["exact", "lossy", "layout"]),
+    samples=counts,
+    compared=counts,
+    error=numbers,
+    bound=numbers,
+    drift=st.none() | numbers,
+    seconds=numbers,
+    note=texts,
+)
 reports = st.builds(
     Report,
     target=texts,
@@ -81,6 +95,7 @@ reports = st.builds(
     artifact=st.none() | st.builds(ArtifactInfo, texts, counts, st.lists(texts, max_size=2).map(tuple)),
     versions=st.dictionaries(texts, texts, max_size=2),
     notes=st.lists(texts, max_size=2),
+    checks=st.lists(checks, max_size=2),
 )
 
 
@@ -92,7 +107,7 @@ def test_json_round_trip(report: Report) -> None:
 def test_strategy_covers_every_field() -> None:
     """A field that the round trip above does not vary could be lost without anybody noticing."""
     drawn = {"target", "source", "recipe", "findings", "sites", "timing", "peak_rss_bytes", "phases"}
-    assert {f.name for f in fields(Report)} == drawn | {"quality", "artifact", "versions", "notes"}
+    assert {f.name for f in fields(Report)} == drawn | {"quality", "artifact", "versions", "notes", "checks"}
 
 
 @pytest.mark.parametrize("report", [small(), decoder(), rejected()])
