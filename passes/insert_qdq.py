@@ -11,6 +11,7 @@ from qcompiler.clipping import Clip
 from qcompiler.conv_views import ConvView, as_conv
 from qcompiler.errors import InputError, RecipeError
 from qcompiler.ir import Graph, Loc, Op, TensorType, Use, Value
+from qcompiler.movement import is_nonnegative
 from qcompiler.pipeline import Context, Pass
 from qcompiler.rewrite import Declined
 from qcompiler.scheme import Scheme
@@ -26,7 +27,7 @@ from qcompiler.views import (
     kind_of,
     through_transposes,
 )
-from qcompiler.weights import WeightQuantization
+from qcompiler.weights import Rounding, WeightQuantization
 
 QUANTIZED_OPS = re.compile(
     r"q\.(?!scale\Z)|.*(QuantizeLinear|DequantizeLinear|QLinear\w+|MatMulInteger\w*|DynamicQuantize\w+|MatMulNBits|MatMulBnb4"
@@ -132,6 +133,8 @@ class InsertQdq(Pass):
 
     ``convs`` is for the weights of convolutions (per channel of the output, or per tensor), ``products`` for constants
     on the left of a product or of rank 3 (per tensor); without them those stay in float and are listed with the reason.
+    ``rounding`` is to the nearest code; ``balanced`` keeps the sums of kernels, in convolutions whose input cannot be
+    negative (:mod:`qcompiler.balancing`): such codes are no quantize of their weight, so they are constants at once.
 
     ``match`` and ``skip`` are globs over site names; each must match something. A table that an embedding and a linear
     share is quantized once, with ``embeddings`` where given. ``clip`` chooses max-abs or MSE-searched ranges.
@@ -146,6 +149,7 @@ class InsertQdq(Pass):
     clip: Clip = "absmax"
     convs: Scheme | None = None
     products: Scheme | None = None
+    rounding: Rounding = "nearest"
 
     def run(self, graph: Graph, ctx: Context) -> None:
         for op in graph.walk():
@@ -158,7 +162,7 @@ class InsertQdq(Pass):
         found = list(find_sites(graph, convs=self.convs is not None, products=self.products is not None))
         wanted = self._select(found, ctx.ledger)
         tied = {f.weight: self.embeddings for f in wanted if f.kind == "embedding" and self.embeddings is not None}
-        by_weight: dict[tuple[Value, Scheme], list[tuple[Found, Site]]] = {}
+        by_weight: dict[tuple[Value, Scheme, Rounding], list[tuple[Found, Site]]] = {}
         for f in wanted:
             scheme = tied.get(f.weight) or self._scheme(f)
             site = ctx.ledger[self._record(f, scheme, ctx.ledger)]
@@ -166,9 +170,9 @@ class InsertQdq(Pass):
                 ctx.ledger.skip(site.name, "the recipe leaves embedding tables in float")
                 continue
             oriented = scheme.with_axis(_axis(f, scheme))
-            by_weight.setdefault((f.weight, oriented), []).append((f, site))
-        for (weight, scheme), sites in by_weight.items():
-            self._insert(weight, scheme, sites)
+            by_weight.setdefault((f.weight, oriented, self._rounding(f)), []).append((f, site))
+        for (weight, scheme, rounding), sites in by_weight.items():
+            self._insert(weight, scheme, rounding, sites)
 
     def _check_schemes(self) -> None:
         for key, scheme, known in (
@@ -223,11 +227,15 @@ class InsertQdq(Pass):
         site.weight = f.weight
         return ledger.add(site).name
 
-    def _insert(self, weight: Value, scheme: Scheme, sites: list[tuple[Found, Site]]) -> None:
+    def _rounding(self, f: Found) -> Rounding:
+        balance = self.rounding == "balanced" and isinstance(f.view, ConvView) and is_nonnegative(f.view.x)
+        return "balanced" if balance else "nearest"
+
+    def _insert(self, weight: Value, scheme: Scheme, rounding: Rounding, sites: list[tuple[Found, Site]]) -> None:
         """weight  ->  q.dequantize(q.quantize(weight, s, z), s, z)   for the operands of the sites"""
         assert weight.payload is not None
         home = weight.graph
-        computation = WeightQuantization(weight.payload, scheme, self.clip)
+        computation = WeightQuantization(weight.payload, scheme, self.clip, rounding=rounding)
         outputs = computation.outputs()
         parameters = [
             home.add_const(home.fresh(f"{weight.name}_{part}"), payload)
@@ -235,25 +243,27 @@ class InsertQdq(Pass):
         ]
         first = next(iter(home))
         loc = Loc(sites[0][1].name)
-        codes_type = TensorType(scheme.dtype, weight.tensor.shape)
-        codes = home.create(
-            "q.quantize",
-            [weight, *parameters],
-            {"scheme": scheme},
-            [(home.fresh(f"{weight.name}_codes"), codes_type)],
-            loc=loc,
-            before=first,
-        )
+        name = home.fresh(f"{weight.name}_codes")
+        if rounding == "balanced":
+            codes = home.add_const(name, outputs[0])
+        else:
+            codes_type = TensorType(scheme.dtype, weight.tensor.shape)
+            attrs = {"scheme": scheme}
+            codes = home.create(
+                "q.quantize", [weight, *parameters], attrs, [(name, codes_type)], loc=loc, before=first
+            ).result
         uses = [use for f, _ in sites for use in self._weight_uses(weight, f.op)]
         dequantized = home.create(
             "q.dequantize",
-            [codes.result, *parameters],
+            [codes, *parameters],
             {"scheme": scheme, "sites": tuple(s.name for _, s in sites)},
             [(home.fresh(f"{weight.name}_dq"), weight.type)],
             loc=loc,
             before=first,
         )
         weight.replace_uses(dequantized.result, dict.fromkeys(uses))
+        if not weight.uses:
+            home.remove_const(weight)
         for f, site in sites:
             f.op.meta["site"] = site.name
             site.stats = computation.stats

@@ -24,6 +24,7 @@ from qcompiler.integer_numerics import padding
 from qcompiler.ir import Op, Value
 from qcompiler.payload import Computation, ComputedPayload, Payload, computed
 from qcompiler.scheme import Scheme
+from qcompiler.weights import WeightQuantization
 
 
 class TapMeans:
@@ -144,12 +145,14 @@ class CorrectedBias(Computation):
         return computed("row", row, given, element, (n,))
 
     def bound(self) -> Floats:
-        """How far rounding to the nearest code can move each element, ``[n]``: half a step of every weight."""
+        """How far rounding can move each element, ``[n]``: half a step of every weight; balanced, a whole one."""
         shape, scale = self.inputs[0].shape, self.inputs[2].array()
-        half = np.broadcast_to(numerics.spread(scale, shape, self.scheme), shape)
+        steps = np.broadcast_to(numerics.spread(scale, shape, self.scheme), shape)
+        made = self.inputs[1].computation if isinstance(self.inputs[1], ComputedPayload) else None
+        share = 0.5 if isinstance(made, WeightQuantization) and made.rounding == "nearest" else 1.0
         out = np.zeros(self.n)
-        for at in blocks(half):
-            self._weigh(half[at].astype(np.float64) / 2, np.abs(self.means), at, out)
+        for at in blocks(steps):
+            self._weigh(steps[at].astype(np.float64) * share, np.abs(self.means), at, out)
         return out
 
     def get(self, index: int) -> Array:

@@ -105,3 +105,17 @@ def clamp(op: Op) -> Clamp | None:
 def clips_codes(op: Op) -> bool:
     """True where the graph of ``op`` may hold a Clip of 8-bit codes."""
     return opset(op) >= SINCE["onnx.Clip"]
+
+
+def is_nonnegative(value: Value) -> bool:
+    """True where ``value`` has no negative elements: a Relu, Clip, Sigmoid or Softmax, and copies or means of one."""
+    while (op := value.owner) is not None:
+        bounds = clamp(op)
+        if op.name in ("onnx.Sigmoid", "onnx.Softmax") or (bounds and bounds.lo is not None and bounds.lo >= 0.0):
+            return True
+        copies = movement_kind(op) in ("permute", "repeat", "select", "pad") or op.name in SELECT
+        source = op.operand(0)
+        if source is None or not (copies or op.name in ("onnx.AveragePool", "onnx.GlobalAveragePool")):
+            return False
+        value = source
+    return False

@@ -65,19 +65,37 @@ def weight_gap(quantize_op: Op, dequantize_op: Op, *, shrunk: bool) -> Gap | Non
     if back is None:
         return None
     seen = dequantize(codes, back, back_zero, dequantize_op.attrs["scheme"], F64)
+    floor = _floor(quantize_op.operands[1].payload)  # type: ignore[union-attr]
+    for value in (quantize_op.operand(0), quantize_op.operand(1)):
+        if value is not None and value.payload is not None:
+            value.payload.release()
+    return _weight_gap(x, seen, floor, scheme, shrunk=shrunk, halves=1)
+
+
+def rounded_gap(dequantize_op: Op, made: WeightQuantization, *, shrunk: bool) -> Gap:
+    """As :func:`weight_gap` for constant codes that ``made`` rounded in another way than to the nearest: within a step.
+
+    Reads one tensor.
+    """
+    codes, scale, zero = (_array(dequantize_op, i) for i in range(3))
+    assert codes is not None and scale is not None
+    seen = dequantize(codes, scale, zero, made.scheme, F64)
+    floor = _floor(made.outputs()[1])
+    return _weight_gap(made.weight.array(), seen, floor, made.scheme, shrunk=shrunk, halves=2)
+
+
+def _weight_gap(x: Array, seen: Floats, floor: Floats | None, scheme: Scheme, *, shrunk: bool, halves: int) -> Gap:
+    """The worst error of ``seen`` in ``halves`` of the steps that ``x`` asks for."""
     step, middle = choose_qparams(x, scheme)
     wanted = step.astype(np.float64)
-    if (floor := _floor(quantize_op.operands[1].payload)) is not None:  # type: ignore[union-attr]
+    if floor is not None:
         wanted = np.maximum(wanted, floor)
     half = spread(wanted, x.shape, scheme) / 2
     error = np.abs(seen - x.astype(np.float64))
     if shrunk:
         center = None if middle is None else spread(middle.astype(np.float64), x.shape, scheme)
         error = np.maximum(error - _cut_off(x.astype(np.float64), half, center, scheme), 0.0)
-    for value in (quantize_op.operand(0), quantize_op.operand(1)):
-        if value is not None and value.payload is not None:
-            value.payload.release()
-    return _worst(error, np.broadcast_to(half, x.shape), x)
+    return _worst(error / halves, np.broadcast_to(half, x.shape), x)
 
 
 def _cut_off(x: Floats, half: Floats, zero: Floats | None, scheme: Scheme) -> Floats:

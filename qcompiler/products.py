@@ -15,11 +15,13 @@ from qcompiler.dtypes import F32, DType
 from qcompiler.ir import Graph, Op, Use, Value
 from qcompiler.movement import opset
 from qcompiler.pairs import is_constant
+from qcompiler.payload import ComputedPayload
 from qcompiler.requests import BATCHED, LEFT, SIGNED_RIGHT, request_for
 from qcompiler.rewrite import Declined
 from qcompiler.scheme import Scheme
 from qcompiler.target import Reason, Request
 from qcompiler.views import CONV_OPS, LINEAR_OPS, as_linear, through_transposes
+from qcompiler.weights import WeightQuantization
 
 Kind = Literal["linear", "conv", "matmul"]
 
@@ -189,9 +191,7 @@ def restore_weights(product: Product) -> bool:
     found = [pair for slot in product.weights for pair in weight_uses(product.op, slot)]
     originals = []
     for _, dq in found:
-        codes = dq.operand(0)
-        quantize = None if codes is None else codes.owner
-        original = None if quantize is None else quantize.operand(0)
+        original = _original(dq)
         if original is None:
             return False
         originals.append(original)
@@ -199,3 +199,14 @@ def restore_weights(product: Product) -> bool:
         dq.result.replace_uses(original, [use])
         uncorrect(product.op, original)
     return True
+
+
+def _original(dq: Op) -> Value | None:
+    """The float weight that ``dq`` stands for; a constant again where only its codes are in the graph."""
+    codes, scheme = dq.operand(0), dq.attrs["scheme"]
+    if codes is None or codes.owner is not None:
+        return None if codes is None or codes.owner is None else codes.owner.operand(0)
+    made = codes.payload.computation if isinstance(codes.payload, ComputedPayload) else None
+    if not isinstance(made, WeightQuantization) or made.scheme != scheme or made.flip:
+        return None
+    return codes.graph.add_const(codes.graph.fresh(dq.result.name.removesuffix("_dq")), made.weight)

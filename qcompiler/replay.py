@@ -13,8 +13,9 @@ import numpy as np
 
 from qcompiler.bias_correction import correction
 from qcompiler.ir import Graph, Op, Value
-from qcompiler.payload import ArrayPayload
+from qcompiler.payload import ArrayPayload, ComputedPayload
 from qcompiler.subgraph import duplicate, part, reads
+from qcompiler.weights import WeightQuantization
 
 SMALL = 64
 """Constants of up to so many elements are compared by value."""
@@ -112,11 +113,20 @@ def _wide_pairs(graph: Graph) -> list[tuple[Op, Op]]:
     return out
 
 
+def rounded(graph: Graph) -> Iterator[tuple[Op, WeightQuantization]]:
+    """Every dequantize of constant codes that are not the nearest to their float weight, and what made them."""
+    for op in graph.walk():
+        codes = op.operand(0) if op.name == "q.dequantize" else None
+        made = codes.payload.computation if codes is not None and isinstance(codes.payload, ComputedPayload) else None
+        if isinstance(made, WeightQuantization) and made.rounding != "nearest" and made.scheme == op.attrs["scheme"]:
+            yield op, made
+
+
 def opened(graph: Graph, only: Set[str] | None = None) -> Graph:
     """A copy in which nothing reads a dequantized value that was quantized just before: it reads the float instead.
 
-    ``only`` names the dequantized values that are meant; None means all, and then biases that were corrected for what
-    the pairs round are again as they were.
+    ``only`` names the dequantized values that are meant; None means all, those of weights that were rounded in another
+    way too, and then biases that were corrected for what is rounded are again as they were.
     """
     made = duplicate(graph)
     for value in made.consts.values() if only is None else ():
@@ -128,6 +138,9 @@ def opened(graph: Graph, only: Set[str] | None = None) -> Graph:
     for dequantize, quantize in _wide_pairs(made) if only is None else ():
         assert quantize.operands[0] is not None
         dequantize.result.replace_uses(quantize.operands[0])
+    for dequantize, by in list(rounded(made)) if only is None else ():
+        home = dequantize.graph
+        dequantize.result.replace_uses(home.add_const(home.fresh(f"{dequantize.result.name}_float"), by.weight))
     for quantize, dequantize in list(pairs(made)):
         x = quantize.operand(0)
         if x is not None and (only is None or dequantize.result.name in only):

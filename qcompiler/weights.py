@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
+from qcompiler.balancing import balanced
 from qcompiler.clipping import Clip
 from qcompiler.dtypes import Array
 from qcompiler.errors import BadWeights, InputError
@@ -15,6 +17,8 @@ from qcompiler.payload import ArrayPayload, BytesPayload, Computation, ComputedP
 from qcompiler.rtn import quantize_weight
 from qcompiler.scheme import Scheme
 from qcompiler.spec import scale_shape
+
+Rounding = Literal["nearest", "balanced"]
 
 
 def matrix_shape(shape: tuple[int, ...], scheme: Scheme) -> tuple[tuple[int, int], Scheme]:
@@ -53,7 +57,8 @@ class WeightQuantization(Computation):
     axis): either axis of a matrix, the first or the last one of other tensors (the channels of a convolution's weight
     ``[O, I / group, ..]`` are axis 0). The results have the weight's orientation; :meth:`transposed` is the same
     computation of a matrix the other way round, bit for bit. ``floors`` have the shape of the scales, which are below
-    none of them. ``stats`` holds ``sum_sq`` and ``sum_sq_error`` once it has run.
+    none of them. Codes are the nearest, or, for the weight of a convolution, ``balanced`` (:mod:`qcompiler.balancing`).
+    ``stats`` holds ``sum_sq`` and ``sum_sq_error`` once it has run.
     """
 
     def __init__(
@@ -64,11 +69,15 @@ class WeightQuantization(Computation):
         *,
         flip: bool = False,
         floors: Sequence[Payload] = (),
+        rounding: Rounding = "nearest",
     ) -> None:
+        if rounding == "balanced" and (len(weight.shape) < 3 or scheme.axis not in (None, 0)):
+            raise InputError(f"<{scheme}>: a weight {list(weight.shape)} has no kernels whose sums could be balanced")
         matrix, self._scheme = matrix_shape(weight.shape, scheme)
         if flip and len(weight.shape) != 2:
             raise InputError(f"only matrices are transposed, not a tensor of shape {list(weight.shape)}")
         self.weight, self.scheme, self.clip, self.flip, self.floors = weight, scheme, clip, flip, tuple(floors)
+        self.rounding = rounding
         self._other: WeightQuantization | None = None
         small = scale_shape(weight.shape, scheme)
         for floor in self.floors:
@@ -78,7 +87,8 @@ class WeightQuantization(Computation):
         types = [scheme.dtype, weight.dtype, weight.dtype if scheme.zero == "float" else scheme.dtype]
         results = [(t, s[::-1] if flip else s) for t, s in zip(types, shapes, strict=False)]
         inputs = [reshaped(weight, matrix), *self.floors]
-        super().__init__(f"rtn<{scheme.text}>", self._quantize, inputs, results)
+        label = "rtn" if rounding == "nearest" else rounding
+        super().__init__(f"{label}<{scheme.text}>", self._quantize, inputs, results)
 
     def _quantize(self, weight: Payload, *floors: Payload) -> Sequence[Array]:
         floor: Array | None = None
@@ -90,7 +100,11 @@ class WeightQuantization(Computation):
             self.stats["bad"] = True
             raise
         self.stats.update(out.stats)
-        arrays = [out.codes, out.scale] if out.zero is None else [out.codes, out.scale, out.zero]
+        codes = out.codes.reshape(self.results[0][1])
+        if self.rounding == "balanced":
+            x, element = self.weight.array(), self.scheme.dtype
+            codes, self.stats["sum_sq_error"] = balanced(x, codes, out.scale, out.zero, element)
+        arrays = [codes, out.scale] if out.zero is None else [codes, out.scale, out.zero]
         return [a.reshape(shape) for a, (_, shape) in zip(arrays, self.results, strict=True)]
 
     def transposed(self) -> WeightQuantization:
@@ -106,7 +120,9 @@ class WeightQuantization(Computation):
         """The same with scales of at least ``floor``, of their shape, too; figures go to the same ``stats``."""
         if self.flip:
             raise InputError("a floor is given to the weight as it is stored, not to its transpose")
-        new = WeightQuantization(self.weight, self.scheme, self.clip, floors=(*self.floors, floor))
+        new = WeightQuantization(
+            self.weight, self.scheme, self.clip, floors=(*self.floors, floor), rounding=self.rounding
+        )
         new.stats = self.stats
         return new
 

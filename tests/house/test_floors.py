@@ -51,6 +51,7 @@ FLOORS: dict[str, int] = {
     "qcompiler.scale_floor": 1,
     "qcompiler.canonical": 1,
     "qcompiler.channels": 1,
+    "qcompiler.balancing": 1,
     "qcompiler.bias_correction": 1,
     "qcompiler.memory": 1,
     "qcompiler.subgraph": 1,

@@ -55,14 +55,21 @@ def test_data_is_asked_for() -> None:
     run(parse(NET), parse_line("correct-bias").passes, Context())  # nothing to correct, nothing to measure
 
 
-def test_a_layer_whose_weight_is_float_again_has_its_own_bias() -> None:
+@pytest.mark.parametrize("rounding", ["nearest", "balanced"])
+def test_a_layer_whose_weight_is_float_again_has_its_own_bias(rounding: str) -> None:
     graph = parse(NET)
     ctx = Context(calibration=Calibrator(open_data(batches()), runnable))
     activations = 'insert-activation-qdq{activations = "uint8 tensor asym", skip = ["a", "b"]}'
-    run(graph, parse_line(f"{QUANTIZE}, correct-bias, {activations}, dce").passes, ctx)
+    quantize = QUANTIZE.replace("}", f', rounding = "{rounding}"}}')
+    run(graph, parse_line(f"{quantize}, correct-bias, {activations}, dce").passes, ctx)
     assert [op.name for op in graph] == ["onnx.Conv", "onnx.Relu", "onnx.Conv"]
     first, _, last = graph
-    bias = parse(NET).consts["a.bias"].payload
+    real = parse(NET).consts
+    bias = real["a.bias"].payload
+    for conv, name in ((first, "a.weight"), (last, "b.weight")):
+        weight, want = conv.operand(1), real[name].payload
+        assert weight is not None and weight.payload is not None and want is not None
+        assert np.array_equal(weight.payload.array(), want.array())
     for conv, want in ((first, bias.array() if bias is not None else None), (last, np.zeros(8, np.float32))):
         value = conv.operand(2)
         assert value is not None and value.payload is not None
