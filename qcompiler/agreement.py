@@ -121,14 +121,12 @@ def differing(before: Array, after: Array, relative: float, more: Array | float 
     odd = (~finite | ~np.isfinite(y)) & ~((x == y) | (np.isnan(x) & np.isnan(y)))
     if odd.any():
         return Gap(math.inf, 0.0, f"{int(odd.sum())} of {x.size} elements are NaN or infinite on one side alone")
-    error = np.where(finite, np.abs(np.where(finite, x - y, 0.0)), 0.0)
+    error = np.abs(np.where(finite, x, 0.0) - np.where(finite, y, 0.0))
     top = max((float(np.abs(v[finite]).max()) if finite.any() else 0.0) for v in (x, y))
     allowed = np.broadcast_to(np.asarray(relative * top + more, np.float64), x.shape)
-    at = np.unravel_index(int(np.argmax(error - allowed)), x.shape)
+    share = np.divide(error, allowed, out=np.where(error > 0, np.inf, 0.0), where=allowed > 0)
+    at = np.unravel_index(int(np.argmax(share)), x.shape)
     worst, bound = float(error[at]), float(allowed[at])
-    if worst <= bound:
-        worst = float(error.max())
-        bound = max(bound, worst)
     text = f"off by {worst:.3g} where {bound:.3g} is allowed, of values up to {top:.3g}"
     return Gap(worst / top if top else worst, bound / top if top else bound, text)
 
