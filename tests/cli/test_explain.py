@@ -37,7 +37,7 @@ def test_page_names_only_what_there_is(code: str) -> None:
     commands = set(re.findall(r"`qcompiler (\w+)", text))
     assert commands <= {"compile", "verify", "plan", "inspect", "run", "recipes", "targets", "kernels", "explain"}
     options = set(re.findall(r"(?<![\w-])--[\w-]+", text))
-    assert options <= {"--set", "--skip", "--target", "--phase", "--no-run"}
+    assert options <= {"--set", "--skip", "--target", "--phase", "--no-run", "--check"}
 
 
 @pytest.mark.parametrize("spelled", ["QC104", "qc104", " Qc104 ", "104"])
