@@ -39,7 +39,7 @@ def job_with(site: Site) -> driver.Job:
 
 
 def test_a_site_that_the_runtime_does_not_show_is_told() -> None:
-    job = job_with(Site("fc", "linear", 8, 8, 256, status="fused"))
+    job = job_with(Site("fc", "linear", 8, 8, 256, status="fused", kernel={"decode": "ort-cpu/MatMulNBits.int8"}))
     driver.weigh(job, EvidenceResult("measured", nodes=[NodeEvidence("other", "MatMulNBits", "fused")]))
     (site,) = job.ctx.ledger
     assert site.evidence == "static"
