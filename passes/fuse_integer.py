@@ -243,14 +243,20 @@ def requantize(op: Op, rw: Rewriter) -> Value:
 # -- what is left --------------------------------------------------------------------------------------------
 
 
+CODES_END = "codes end here: its input is dequantized, and no product behind it reads its result as codes"
+
+
 def _readers(value: Value) -> list[Op]:
-    """The ops that compute with ``value``, directly or after movement."""
+    """The ops that compute with ``value``, directly or after movement; what only asks for its shape does not."""
     out: dict[Op, None] = {}
     work, seen = [value], {value}
     while work:
         at = work.pop()
         for user in at.users:
-            if movement_kind(user) is None:
+            if user.name in ("onnx.Shape", "onnx.Size"):
+                continue
+            cast_to_itself = user.name == "onnx.Cast" and user.result.tensor.dtype == value.tensor.dtype
+            if movement_kind(user) is None and not cast_to_itself:
                 out[user] = None
                 continue
             new = [r for r in user.results if r not in seen]
@@ -280,7 +286,7 @@ def _why_float_product(op: Op, ctx: Context, given: bool) -> str:
 
 
 def _why_island(op: Op, dq: Op, ctx: Context, given: bool) -> str:
-    """Why ``op``, which reads ``dq``, computes in float beside codes; empty where that is no fault, or no fate.
+    """Why ``op``, which reads ``dq``, computes in float beside codes; empty where that is a fault, and no fate.
 
     ``given``: the quantizes are the graph's own, so one whose codes nothing computes on stands there for good.
     """
@@ -290,12 +296,13 @@ def _why_island(op: Op, dq: Op, ctx: Context, given: bool) -> str:
     if any(_quantized_behind(v) for v in op.results):
         return "its input is dequantized and its result quantized again"
     maker = dq.operands[0].owner if dq.operands[0] is not None else None
-    idle = given and maker is not None and maker.name == "q.quantize"
-    return "its input is quantized and dequantized, and its result is float" if idle else ""
+    if maker is not None and maker.name == "q.quantize":
+        return "its input is quantized and dequantized, and its result is float" if given else ""
+    return CODES_END
 
 
 def name_islands(graph: Graph, ctx: Context, refusals: list[Refusal], *, given: bool = False) -> None:
-    """Record each op that computes in float between codes as a skipped site, with the reason."""
+    """Record each op that computes in float between or behind codes as a skipped site, with the reason."""
     said = {r.op: r.reason.message for r in refusals}
     seen: set[Op] = set()
     for dq in [op for op in graph.walk() if op.name == "q.dequantize" and is_activation(op)]:
@@ -308,7 +315,7 @@ def name_islands(graph: Graph, ctx: Context, refusals: list[Refusal], *, given: 
             none = f"{ctx.target or 'the target'} has no integer kernel for {what}"
             product = op.name in LINEAR_OPS or op.name in CONV_OPS
             why = said.get(op.label) or ("" if product else SMOOTHED if op.name == "q.scale" else none)
-            reason = f"{why}: {how}" if why else how
+            reason = f"{why}: {how}" if why and how != CODES_END else how
             if op.label not in ctx.ledger:
                 ctx.ledger.skip(ctx.ledger.add(Site(op.label, "float", 0, 0, 0)).name, reason)
 

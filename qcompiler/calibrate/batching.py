@@ -18,6 +18,7 @@ BATCH = 16
 BATCH_BYTES = 256 << 10
 """More samples are put together only while the inputs of a batch stay below this: activations are as many times
 bigger as inputs are, so small inputs alone are worth it."""
+TOKEN = 256
 
 
 def batches(
@@ -144,13 +145,18 @@ def _rows(sample: dict[str, Array]) -> int:
     return next((a.shape[0] for a in sample.values() if a.ndim), 1)
 
 
+def _weight(a: Array) -> int:
+    """Bytes of an input; each integer counts as a vector of TOKEN bytes, which is what a table makes of it."""
+    return a.nbytes if a.dtype.kind == "f" else a.size * TOKEN
+
+
 def _together(waiting: list[dict[str, Array]], new: dict[str, Array], most: int, *, bounded: bool) -> bool:
     """True when ``new`` may join those that wait."""
     if sum(map(_rows, waiting)) + _rows(new) > most:
         return False
     if any(a.shape[1:] != waiting[0][n].shape[1:] or n not in new for n, a in new.items() if n in waiting[0]):
         return False
-    size = sum(a.nbytes for sample in (*waiting, new) for a in sample.values())
+    size = sum(_weight(a) for sample in (*waiting, new) for a in sample.values())
     return new.keys() == waiting[0].keys() and (not bounded or size <= BATCH_BYTES)
 
 
