@@ -5,7 +5,7 @@
 Two kinds of rows for each of the four observers. *compile*: ``qcompiler compile -r w8a8 --calibration DATA.npz`` in a
 process of its own, evidence included. *observe*: a Calibrator alone that watches every float value of the model, in a
 process of its own, from before it to after it. Memory is private (USS) of the process and its children, sampled every
-5 ms. The cache of calibration is off. The law is a ratio of at most 1.3; the script fails when a row breaks it.
+20 ms. The cache of calibration is off. The law is a ratio of at most 1.3; the script fails when a row breaks it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def observe(model: Path, data: Path, observer: str) -> int:
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(0.005):
+        while not done.wait(0.02):
             peak = max(peak, private_bytes(process))
 
     watcher = threading.Thread(target=watch)
@@ -89,7 +89,7 @@ def watched(command: list[str]) -> tuple[int, float]:
     process, peak = psutil.Process(child.pid), 0
     while child.poll() is None:
         peak = max(peak, private_bytes(process))
-        time.sleep(0.005)
+        time.sleep(0.02)
     if child.returncode:
         sys.exit(f"{' '.join(command)} ended with {child.returncode}")
     return peak, time.perf_counter() - begin
