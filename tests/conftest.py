@@ -7,7 +7,6 @@ import pytest
 
 from tests.support import GOLDEN, Golden, compare_golden, require_data
 
-
 os.environ["QCOMPILER_CACHE"] = "off"  # also of the processes that tests start: no test reads what another run left
 
 
