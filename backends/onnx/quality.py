@@ -20,7 +20,7 @@ ROWS = (32, 8, 2, 1)
 """Rows (tokens, pictures) of the made-up inputs: the most of these whose inputs are within :data:`INPUT_BYTES`."""
 INPUT_BYTES = 1 << 16
 SEEDS = 4
-BATCHES = 8
+BATCHES = 4
 """Batches of data that are compared."""
 
 
@@ -88,16 +88,18 @@ def _nbytes(feed: dict[str, Array]) -> int:
 
 
 def _figures(want: list[Array], got: list[Array]) -> OutputQuality:
-    a = np.concatenate([w.astype(np.float64).ravel() for w in want])
-    b = np.concatenate([g.astype(np.float64).ravel() for g in got])
-    if a.shape != b.shape:
+    if any(w.shape != g.shape for w, g in zip(want, got, strict=True)):
         return OutputQuality(None, None, None)
-    noise = float(((a - b) ** 2).sum())
-    signal = float((a**2).sum())
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    cosine = float(a @ b) / norms if norms > 0 else None
+    noise = signal = power = product = largest = 0.0
+    for w, g in zip(want, got, strict=True):  # a batch at a time: float64 copies of all of them are large
+        a, b = w.astype(np.float64).ravel(), g.astype(np.float64).ravel()
+        signal, power, product = signal + float(a @ a), power + float(b @ b), product + float(a @ b)
+        a -= b
+        noise, largest = noise + float(a @ a), float(np.maximum(largest, np.abs(a).max(initial=0.0)))
+    norms = float(np.sqrt(signal) * np.sqrt(power))
+    cosine = product / norms if norms > 0 else None
     ratio = float("inf") if noise == 0 else 10 * np.log10(signal / noise) if signal > 0 else float("-inf")
-    return OutputQuality(cosine, float(ratio), float(np.abs(a - b).max()))
+    return OutputQuality(cosine, float(ratio), largest)
 
 
 def _first_line(error: Exception) -> str:
