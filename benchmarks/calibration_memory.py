@@ -89,7 +89,7 @@ def watched(command: list[str]) -> tuple[int, float]:
     process, peak = psutil.Process(child.pid), 0
     while child.poll() is None:
         peak = max(peak, private_bytes(process))
-        time.sleep(0.02)
+        time.sleep(0.02)  # between two samples of its memory
     if child.returncode:
         sys.exit(f"{' '.join(command)} ended with {child.returncode}")
     return peak, time.perf_counter() - begin

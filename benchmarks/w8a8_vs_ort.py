@@ -97,7 +97,7 @@ def made(name: str, tool: str, kind: str, source: Path, out: Path, samples: int)
         watched = psutil.Process(child.pid)
         while child.poll() is None:
             peak = max(peak, private_bytes(watched))
-            time.sleep(0.01)
+            time.sleep(0.01)  # between two samples of its memory
         log.seek(0)
         said = log.read().decode(errors="replace")
     found: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 1), "peak_mib": peak >> 20}

@@ -19,7 +19,7 @@ from qcompiler.pipeline import Context, Pass
 from qcompiler.rewrite import Refusal, apply_rules
 from qcompiler.scheme import Scheme
 from qcompiler.sites import Site
-from qcompiler.spellings import RULES, lattice, products, signs
+from qcompiler.spellings import RULES, half, lattice, products, signs
 from qcompiler.spellings.nbits import KERNEL
 from qcompiler.spellings.qdq import DEQUANTIZE
 from qcompiler.verify.findings import Finding
@@ -54,7 +54,7 @@ class LiftQuantized(Pass):
     def run(self, graph: Graph, ctx: Context) -> None:
         log: list[Refusal] = []
         fired = apply_rules(graph, RULES, log=log)
-        for rules in (products.RULES, products.LAST):
+        for rules in ((*half.RULES, *products.RULES), (*half.LAST, *products.LAST)):
             fired += apply_rules(graph, rules, target=ctx.target, phases=ctx.phases, log=log)
         if self.lattice:
             fired += self._folded_back(graph)

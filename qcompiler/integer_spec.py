@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qcompiler.ir import Op, Value
-from qcompiler.op_spec import fail, has_codes, matrix, need, parameters, scale_shape, scheme_of, shaped
+from qcompiler.op_spec import fail, has_codes, need, parameters, product, scale_shape, scheme_of, shaped
 from qcompiler.scheme import Scheme
 
 POINTWISE = frozenset({"Add", "Mul", "Sigmoid", "LeakyRelu", "Softmax"})
@@ -66,25 +66,13 @@ def _choose_qparams(op: Op) -> None:
         has_codes(op, op.results[1], scheme)
 
 
-def _linear(op: Op, x: Value, first: int) -> None:
-    """Weights and bias of a linear from operand ``first``; ``x`` ends in K."""
-    nk = matrix(op, scheme_of(op), first)
-    bias = op.operand(first + 3)
-    if nk is None:
-        return
-    if x.tensor.shape and isinstance(x.tensor.shape[-1], int) and x.tensor.shape[-1] != nk[1]:
-        fail(op, f"the activation ends in {x.tensor.shape[-1]}, the codes have K={nk[1]}")
-    if bias is not None:
-        shaped(op, bias, (nk[0],), "the bias")
-
-
 def _linear_static(op: Op) -> None:
-    _linear(op, _activation(op, 0, _static(op, "x_scheme")), 3)
+    product(op, _activation(op, 0, _static(op, "x_scheme")), 3)
     _result(op, 7, optional=True)
 
 
 def _linear_dyn(op: Op) -> None:
-    _linear(op, _dynamic(op), 1)
+    product(op, _dynamic(op), 1)
 
 
 def _conv(op: Op, x: Value, first: int) -> None:

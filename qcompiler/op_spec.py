@@ -106,15 +106,20 @@ def matrix(op: Op, scheme: Scheme, first: int = 1) -> tuple[int, int] | None:
     return None
 
 
-def _linear(op: Op) -> None:
-    nk = matrix(op, scheme_of(op))
-    x, bias = need(op, 0, "an activation"), op.operand(4)
+def product(op: Op, x: Value, first: int) -> None:
+    """Weights and bias of a linear from operand ``first``; ``x`` ends in K."""
+    nk = matrix(op, scheme_of(op), first)
+    bias = op.operand(first + 3)
     if nk is None:
         return
     if x.tensor.shape and isinstance(x.tensor.shape[-1], int) and x.tensor.shape[-1] != nk[1]:
         fail(op, f"the activation ends in {x.tensor.shape[-1]}, the codes have K={nk[1]}")
     if bias is not None:
         shaped(op, bias, (nk[0],), "the bias")
+
+
+def _linear(op: Op) -> None:
+    product(op, need(op, 0, "an activation"), 1)
 
 
 def _embedding(op: Op) -> None:

@@ -45,7 +45,7 @@ def rest() -> None:
     end = time.perf_counter() + WAIT_S
     while time.perf_counter() < end:
         before = time.process_time()
-        time.sleep(QUIET_S)
+        time.sleep(QUIET_S)  # the interval over which processor time is looked at
         if time.process_time() - before < QUIET_S / 4:
             return
 
