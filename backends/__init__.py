@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 BACKENDS = {
     "ort-cpu": "qcompiler.backends.onnx.backend:OrtBackend",
     "ort-cuda": "qcompiler.backends.onnx.backend:OrtBackend",
+    "torch-cpu": "qcompiler.backends.torch.backend:TorchBackend",
+    "torch-cuda": "qcompiler.backends.torch.backend:TorchBackend",
 }
 
 

@@ -69,7 +69,8 @@ class KernelRow:
     of the result (``float`` among the latter: a float result), ``x_zeros`` the kinds of zero point of the activation;
     ``dynamic`` kernels choose the activation's parameters themselves. ``one_zero``: one zero point serves all channels.
     ``fns``: the functions of a ``q.apply``; ``traits``: what it does beyond the plain case; ``opset``: the oldest that
-    has its node.
+    has its node. ``slower``: (activation, M, share): from M rows on it reaches that share of the speed of the float op
+    on the same activation, up to the M of the next entry.
     """
 
     name: str
@@ -99,6 +100,15 @@ class KernelRow:
     fns: frozenset[str] = frozenset()
     traits: frozenset[str] = frozenset()
     opset: int = 0
+    slower: tuple[tuple[str, int, float], ...] = ()
+
+    def speed(self, activation: str, m: int) -> float | None:
+        """Its speed as a share of the float op on the same ``activation`` at M rows, where it is the slower of the two.
+
+        None where it is not, as far as was measured.
+        """
+        known = [(least, ratio) for name, least, ratio in self.slower if name == activation and m >= least]
+        return max(known)[1] if known else None
 
     def why_not(self, request: Request, features: frozenset[str], m: int | None = None) -> list[Reason]:
         """Every reason why this row does not serve ``request`` at M rows; empty when it does."""
