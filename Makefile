@@ -17,12 +17,17 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help test lint demo format clean
+# The oldest torch that is supported and the newest there was when these tests last passed.
+TORCHES ?= 2.11.0 2.15.0
+MATRIX_TESTS ?= tests/backends/torch tests/acceptance/test_torch.py
+
+.PHONY: help test lint demo matrix format clean
 
 help:
 	@echo 'make test    lint, then every test (PYTEST_ARGS="tests/passes -k fuse" narrows it)'
 	@echo 'make demo    compile, verify and measure the small trained model in models/'
 	@echo 'make lint    ruff and mypy'
+	@echo 'make matrix  the torch tests with each torch of TORCHES="$(TORCHES)", each in an environment of its own'
 	@echo 'make format  let ruff rewrite the files'
 	@echo 'make clean   remove the environment and the caches'
 
@@ -38,12 +43,27 @@ lint: $(VENV)/.installed-dev
 demo: $(VENV)/.installed-cpu
 	$(PY) -m qcompiler.demo
 
+# Each torch in an environment of its own; the pins of torch and of what comes with it do not hold there.
+matrix: $(TORCHES:%=matrix-%)
+
+matrix-%: .venv-torch-%/.installed
+	@echo 'torch $*'
+	.venv-torch-$*/bin/python -m pytest -n $(WORKERS) $(MATRIX_TESTS) $(PYTEST_ARGS)
+
+.venv-torch-%/.installed: pyproject.toml constraints.txt
+	'$(PYTHON)' -m venv --clear $(@D)
+	grep -Ev '^(torch|triton|nvidia-|cuda-)' constraints.txt >$(@D)/constraints.txt
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c $(@D)/constraints.txt setuptools
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c $(@D)/constraints.txt --no-build-isolation 'torch==$*' -e '.[$(EXTRAS_dev)]'
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c $(@D)/constraints.txt --no-deps $(NO_DEPS_dev)
+	@touch $@
+
 format: $(VENV)/.installed-dev
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # Stamps are written last, so an installation that was cut short is done again. The build tool is installed first and
 # builds without isolation: pip's constraints do not reach into an isolated build.
