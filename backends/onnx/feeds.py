@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +86,11 @@ def shape_of(value: Value, size: Callable[[str, int], int]) -> tuple[int, ...]:
         d if isinstance(d, int) else _evaluate(_key(d, axis), lambda s, a=axis: size(s, a))  # type: ignore[misc]
         for axis, d in enumerate(value.tensor.shape or ())
     )
+
+
+def nbytes(feed: Mapping[str, Array]) -> int:
+    """Bytes of one set of inputs."""
+    return sum(a.nbytes for a in feed.values())
 
 
 def _bytes(inputs: list[Value], shapes: tuple[tuple[int, ...], ...]) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 
 from qcompiler.backends.onnx.alone import probed_rows
-from qcompiler.backends.onnx.feeds import made_up
+from qcompiler.backends.onnx.feeds import made_up, nbytes
 from qcompiler.backends.onnx.load import load_onnx
 from qcompiler.backends.onnx.probe import write_arrays
 from qcompiler.backends.onnx.source import outlined
@@ -31,6 +31,9 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 OPTIMIZED, OUTSIDE = "optimized.onnx", "optimized.data"
 MAPPED_OVER = 16 << 20
 """Size of a file whose weights are worth mapping."""
+MANY_ROWS_BYTES = 1 << 20
+"""Bytes of inputs above which only the smallest phase is run: rows of tokens are below, pictures above, and what a
+picture becomes inside a model is a hundred times as large."""
 ATTEMPTS = 4
 """How many guesses at the input shapes are tried."""
 _TYPE_IN_ERROR = (
@@ -77,7 +80,8 @@ def constant_bytes(graph: Graph) -> int:
 def open_small(
     path: Path, graph: Graph, phases: Sequence[Phase], worker: Worker, folder: Path, session: dict[str, str]
 ) -> Opened:
-    """Open with default options, write the optimized graph, run each phase on made-up inputs."""
+    """Open with default options, write the optimized graph, run the smallest phase on made-up inputs, and the others
+    where theirs are within :data:`MANY_ROWS_BYTES`."""
     optimized = folder / OPTIMIZED
     sizes = sorted({probed_rows(p.m) for p in phases})
     job: dict[str, Any] = {"model": str(path), "session": session}
@@ -90,7 +94,11 @@ def open_small(
         del candidates[0]
     tried, out = "", Opened(False)
     for attempt, feeds in enumerate(candidates):
-        entries = [_feed(feed, folder / f"feed{attempt}.{m}.npz") for m, feed in zip(sizes, feeds, strict=False)]
+        entries = [
+            _feed(feed, folder / f"feed{attempt}.{m}.npz")
+            for m, feed in zip(sizes, feeds, strict=False)
+            if m == sizes[0] or nbytes(feed) <= MANY_ROWS_BYTES
+        ]
         answer = _ask(worker, job | {"feeds": entries} | ({} if attempt else first))
         if attempt == 0:
             if not answer.loaded:

@@ -1,7 +1,11 @@
-"""Float against compiled: both in ONNX Runtime on the same inputs, output by output."""
+"""Float against compiled: both in ONNX Runtime on the same inputs, output by output.
+
+One model is open at a time, and one batch of outputs is in memory: those of the float model wait in files.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -9,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.backends.onnx.feeds import made_up
+from qcompiler.backends.onnx.feeds import made_up, nbytes
 from qcompiler.backends.onnx.load import load_onnx
+from qcompiler.backends.onnx.probe import read_arrays, write_arrays
+from qcompiler.backends.onnx.running import give_back
 from qcompiler.calibrate.data import Data
 from qcompiler.dtypes import Array
 from qcompiler.report.model import OutputQuality, Quality
@@ -22,6 +28,8 @@ INPUT_BYTES = 1 << 16
 SEEDS = 4
 BATCHES = 4
 """Batches of data that are compared."""
+BLOCK = 1 << 18
+"""Elements of an output that are compared at a time: float64 copies of all of it are large."""
 
 
 def compare(reference: Path, artifact: Path, data: Data | None = None) -> Quality | Finding | str:
@@ -31,43 +39,49 @@ def compare(reference: Path, artifact: Path, data: Data | None = None) -> Qualit
     token ids, so the figures bound what the artifact does rather than say how well it speaks. Returns the reason when
     the float model cannot be run on the inputs, and a finding when it can but the artifact cannot.
     """
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
     try:
-        float_model = ort.InferenceSession(str(reference), options, providers=["CPUExecutionProvider"])
+        float_model = _opened(reference)
     except Exception as e:
         return f"not compared: the float model does not load in the runtime ({_first_line(e)})"
-    feeds, wanted = _run_float(float_model, reference, data)
-    if not feeds:
-        return f"not compared: {'no made-up inputs' if data is None else data.label + ' has nothing'} that it takes"
     names = [o.name for o in float_model.get_outputs()]
-    del float_model
-    try:
-        compiled = ort.InferenceSession(str(artifact), options, providers=["CPUExecutionProvider"])
-        given = [compiled.run(names, feed) for feed in feeds]
-    except Exception as e:
-        message = f"the artifact does not run on inputs that the float model takes: {_first_line(e)}"
-        fix = "the float model may run only because the runtime fuses what is wrong in it; check its shapes"
-        return Finding("QC902", artifact.name, message, "", fix)
-    outputs: dict[str, OutputQuality] = {}
-    for i, name in enumerate(names):
-        want, got = [w[i] for w in wanted], [g[i] for g in given]
-        if all(isinstance(w, np.ndarray) and w.dtype.kind == "f" and w.size for w in want):
-            outputs[name] = _figures(want, got)
+    with tempfile.TemporaryDirectory(prefix="qcompiler.quality.") as folder:
+        feeds, wanted = _run_float(float_model, reference, data, Path(folder))
+        if not feeds:
+            return f"not compared: {'no made-up inputs' if data is None else data.label + ' has nothing'} that it takes"
+        del float_model
+        give_back()
+        try:
+            compiled = _opened(artifact)
+            seen = [Difference() for _ in names]
+            for feed, file in zip(feeds, wanted, strict=True):
+                for difference, want, got in zip(seen, read_arrays(str(file)), compiled.run(names, feed), strict=True):
+                    difference.add(want, got)
+        except Exception as e:
+            message = f"the artifact does not run on inputs that the float model takes: {_first_line(e)}"
+            fix = "the float model may run only because the runtime fuses what is wrong in it; check its shapes"
+            return Finding("QC902", artifact.name, message, "", fix)
+    outputs = {name: d.figures() for name, d in zip(names, seen, strict=True) if d.comparable}
     if not outputs:
         return "not compared: the model has no float output"
     return Quality("cosine", outputs)
 
 
-def _run_float(session: Any, path: Path, data: Data | None) -> tuple[list[dict[str, Array]], list[list[Any]]]:
-    """Inputs that the float model takes, batches of data or one for each seed, and its outputs."""
+def _opened(path: Path) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False  # it grows in powers of two and keeps what one batch needed
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _run_float(session: Any, path: Path, data: Data | None, folder: Path) -> tuple[list[dict[str, Array]], list[Path]]:
+    """Inputs that the float model takes, batches of data or one for each seed, and the files of its outputs."""
     graph = load_onnx(path)
     feeds: list[dict[str, Array]] = []
-    outputs: list[list[Any]] = []
+    files: list[Path] = []
     if data is None:
-        rows = next((m for m in ROWS if _nbytes(next(made_up(graph, m), {})) <= INPUT_BYTES), ROWS[-1])
+        rows = next((m for m in ROWS if nbytes(next(made_up(graph, m), {})) <= INPUT_BYTES), ROWS[-1])
         candidates: Iterable[Iterable[dict[str, Array]]] = (made_up(graph, rows, seed) for seed in range(SEEDS))
     else:
         candidates = ([batch] for batch in islice(data.batches(graph.inputs), BATCHES))
@@ -78,28 +92,50 @@ def _run_float(session: Any, path: Path, data: Data | None) -> tuple[list[dict[s
             except Exception:  # these inputs do not suit the model: the runtime says so in many ways
                 continue
             feeds.append(feed)
-            outputs.append(found)
+            files.append(folder / f"{len(files)}.npz")
+            write_arrays(str(files[-1]), [a if _is_float(a) else np.zeros(0) for a in found])
             break
-    return feeds, outputs
+    return feeds, files
 
 
-def _nbytes(feed: dict[str, Array]) -> int:
-    return sum(a.nbytes for a in feed.values())
+def _is_float(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f"
 
 
-def _figures(want: list[Array], got: list[Array]) -> OutputQuality:
-    if any(w.shape != g.shape for w, g in zip(want, got, strict=True)):
-        return OutputQuality(None, None, None)
-    noise = signal = power = product = largest = 0.0
-    for w, g in zip(want, got, strict=True):  # a batch at a time: float64 copies of all of them are large
-        a, b = w.astype(np.float64).ravel(), g.astype(np.float64).ravel()
-        signal, power, product = signal + float(a @ a), power + float(b @ b), product + float(a @ b)
+class Difference:
+    """What one output of the compiled model is off by, summed up batch by batch."""
+
+    def __init__(self) -> None:
+        self.comparable, self.fits = True, True
+        self.noise = self.signal = self.power = self.product = self.largest = 0.0
+
+    def add(self, want: Array, got: Any) -> None:
+        """See one batch; an empty ``want`` is one that is no float."""
+        if not want.size:
+            self.comparable = False
+        elif want.shape != np.shape(got):
+            self.fits = False
+        else:
+            x, y = want.reshape(-1), got.reshape(-1)
+            for at in range(0, x.size, BLOCK):
+                self._add(x[at : at + BLOCK].astype(np.float64), y[at : at + BLOCK].astype(np.float64))
+
+    def _add(self, a: Array, b: Array) -> None:
+        self.signal, self.power = self.signal + float(a @ a), self.power + float(b @ b)
+        self.product += float(a @ b)
         a -= b
-        noise, largest = noise + float(a @ a), float(np.maximum(largest, np.abs(a).max(initial=0.0)))
-    norms = float(np.sqrt(signal) * np.sqrt(power))
-    cosine = product / norms if norms > 0 else None
-    ratio = float("inf") if noise == 0 else 10 * np.log10(signal / noise) if signal > 0 else float("-inf")
-    return OutputQuality(cosine, float(ratio), largest)
+        self.noise += float(a @ a)
+        self.largest = float(np.maximum(self.largest, np.abs(a).max(initial=0.0)))
+
+    def figures(self) -> OutputQuality:
+        if not self.fits:
+            return OutputQuality(None, None, None)
+        norms = float(np.sqrt(self.signal) * np.sqrt(self.power))
+        cosine = self.product / norms if norms > 0 else None
+        if self.noise == 0:
+            return OutputQuality(cosine, float("inf"), self.largest)
+        ratio = 10 * np.log10(self.signal / self.noise) if self.signal > 0 else float("-inf")
+        return OutputQuality(cosine, float(ratio), self.largest)
 
 
 def _first_line(error: Exception) -> str:
