@@ -16,18 +16,11 @@ import onnx_graphsurgeon as gs
 from qcompiler.backends.onnx import wire
 from qcompiler.backends.onnx.attributes import LIST_KEY, TYPE, attribute_proto
 from qcompiler.backends.onnx.provenance import as_dict, extra_metadata, put_notes, put_pairs
-from qcompiler.backends.onnx.storage import (
-    EXTERNAL_OVER,
-    INLINE_BELOW,
-    INLINE_LIMIT,
-    DataFile,
-    Releaser,
-    copy_rope,
-    reading_order,
-)
+from qcompiler.backends.onnx.storage import EXTERNAL_OVER, INLINE_BELOW, INLINE_LIMIT, DataFile, copy_rope
 from qcompiler.backends.onnx.tensors import external as external_tensor
 from qcompiler.backends.onnx.tensors import inline as inline_tensor
 from qcompiler.backends.onnx.typemap import SINCE_IR, agrees, from_text, type_from_onnx, type_to_onnx
+from qcompiler.backends.streaming import Releaser, reading_order
 from qcompiler.errors import InputError, StructureError
 from qcompiler.fileio import Staged
 from qcompiler.ir import Atom, Graph, Op, Value

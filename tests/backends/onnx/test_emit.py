@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from qcompiler.backends.onnx import emit as emit_module
 from qcompiler.backends.onnx.emit import EmitInfo, emit_onnx, to_model
 from qcompiler.backends.onnx.load import load_onnx
-from qcompiler.backends.onnx.storage import reading_order
+from qcompiler.backends.streaming import reading_order
 from qcompiler.dtypes import F16, F32, INT4, INT8, TABLE, Array, DType
 from qcompiler.errors import InputError, StructureError
 from qcompiler.ir import UNKNOWN, Graph, TensorType
