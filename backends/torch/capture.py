@@ -16,7 +16,9 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from qcompiler.backends.torch import writes
 from qcompiler.backends.torch.archive import open_lazily
 from qcompiler.backends.torch.dims import program_symbols
+from qcompiler.backends.torch.emit import CUSTOM
 from qcompiler.backends.torch.names import op_name, to_atom
+from qcompiler.backends.torch.notes import Notes
 from qcompiler.backends.torch.payload import TorchPayload, element_of, same_storage
 from qcompiler.backends.torch.specs import spec_text
 from qcompiler.backends.torch.stack import source_line
@@ -47,18 +49,22 @@ def load(program: ExportedProgram | str | Path) -> Graph:
     that the program writes to is an input with that value as its default. An op with ``effect`` in its
     ``meta`` does more than compute its results. ``graph.meta`` holds the calling convention: ``in_spec``,
     ``out_spec``, ``arg_names``, ``returns`` (the output with holes), ``mutations`` (what trailing outputs
-    are written back to) and ``ranges`` of the symbolic sizes. Raises InputError, in one sentence, for what
-    cannot be carried.
+    are written back to), ``ranges`` of the symbolic sizes and the file's ``metadata``. Raises InputError, in
+    one sentence, for what cannot be carried.
     """
-    stored: Mapping[str, Payload] = {}
+    stored, notes = dict[str, Payload](), Notes()
     if not isinstance(program, ExportedProgram):
-        program, stored = open_lazily(Path(program))
-    symbols = {str(s): name for s, name in program_symbols(program).items()}
+        path = Path(program)
+        program, stored = open_lazily(path)
+        notes = Notes.inside(path)
+    symbols = {str(s): name for s, name in program_symbols(program, notes.sizes).items()}
     graph = Graph("main", "aten")
     capture = _Capture(symbols)
     _declare(graph, capture, program, stored)
     returned = capture.body(program.graph_module, graph)
     _call_convention(graph, program, capture, returned)
+    if notes.metadata:
+        graph.meta["metadata"] = tuple(notes.metadata.items())
     return graph
 
 
@@ -200,6 +206,7 @@ class _Capture:
     def __init__(self, symbols: Mapping[str, str]) -> None:
         self.symbols = symbols
         self.env: dict[fx.Node, Value] = {}
+        self.named: set[str] = set()
         self._picks: dict[fx.Node, list[list[fx.Node]] | None] = {}
         self._symbol = re.compile(r"\b(?:" + "|".join(map(re.escape, symbols)) + r")\b") if symbols else None
 
@@ -238,7 +245,7 @@ class _Capture:
         results = self.results(node, picks, graph)
         if picks is not None:
             attrs["unpack"] = True
-        op = graph.create(name, operands, attrs, results, loc=_loc(node))
+        op = graph.create(name, operands, attrs, results, loc=_loc(node, self.named))
         if effect := writes.effect(node, bool(results)):
             op.meta["effect"] = effect
         for key, body in regions.items():
@@ -376,10 +383,18 @@ def _picked(user: fx.Node, source: fx.Node) -> int | None:
     return index if type(index) is int else None
 
 
-def _loc(node: fx.Node) -> Loc:
+def _loc(node: fx.Node, taken: set[str]) -> Loc:
     stack = node.meta.get("nn_module_stack") or {}
     scope = next((str(path) for path, _ in reversed(list(stack.values()))), "")
     if scope.startswith("_empty_nn_module_stack"):
         scope = ""
     # The second call of one module is told apart as `path@1`.
-    return Loc(node.name, re.sub(r"@\d+", "", scope), source_line(node.meta.get("stack_trace") or ""))
+    source = source_line(node.meta.get("stack_trace") or "")
+    name = node.name
+    written = (node.meta.get("custom") or {}).get(CUSTOM)
+    # An export adds nodes of its own behind a node, with the same metadata: the first is the one that was named.
+    if isinstance(written, (list, tuple)) and len(written) == 2 and all(isinstance(w, str) for w in written):
+        if written[0] not in taken:
+            name, source = written
+            taken.add(name)
+    return Loc(name, re.sub(r"@\d+", "", scope), source)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import keyword
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,24 @@ from qcompiler.errors import InputError
 _SYMBOL = re.compile(r"\b[a-z]+\d+\b")
 
 
-def program_symbols(program: ExportedProgram) -> dict[Any, str]:
-    """Each symbol of ``program`` with its name: the ``Dim`` name where the program still knows it."""
-    return name_symbols(_sizes(program), _given_names(program))
+def program_symbols(program: ExportedProgram, sizes: Mapping[str, Sequence[str]] | None = None) -> dict[Any, str]:
+    """Each symbol of ``program`` with its name: the ``Dim`` name where the program still knows it.
+
+    ``sizes``: what the sizes of inputs are called, by input, for a program that has forgotten.
+    """
+    return name_symbols(_sizes(program), _given_names(program) or _told_names(program, sizes or {}))
+
+
+def _told_names(program: ExportedProgram, sizes: Mapping[str, Sequence[str]]) -> dict[Any, str]:
+    found: dict[Any, str] = {}
+    for node in program.graph_module.graph.nodes:
+        shape = getattr(node.meta.get("val"), "shape", ())
+        told = sizes.get(node.name, ()) if node.op == "placeholder" else ()
+        for size, name in zip(shape, told, strict=False):
+            expression = size.node.expr if isinstance(size, torch.SymInt) else None
+            if expression is not None and expression.is_symbol and not _SYMBOL.fullmatch(name):
+                found[expression] = name
+    return found
 
 
 def name_symbols(sizes: Iterable[Any], given: Mapping[Any, str]) -> dict[Any, str]:

@@ -20,21 +20,29 @@ from qcompiler.ir import Atom, Attr, Graph, Hole, Op, Value
 
 Lower = Callable[[Op], Callable[..., Any] | None]
 """What to call for an op that torch has no operator for (``q.linear``): it gets the operands, then the attributes."""
+Tensors = Callable[[Value], torch.Tensor]
+"""The tensor of a constant or of a default that is not written to; by default its values."""
+CUSTOM = "qcompiler"
+"""Key in a node's ``custom`` metadata: the name and the source line of the op that it was made of. Export and
+``.pt2`` files keep it, so that sites keep their names."""
 
 
-def to_graph_module(graph: Graph, lower: Lower | None = None, *, check_inputs: bool = True) -> fx.GraphModule:
+def to_graph_module(
+    graph: Graph, lower: Lower | None = None, *, check_inputs: bool = True, tensors: Tensors | None = None
+) -> fx.GraphModule:
     """The module that ``graph`` describes, in eval mode; inverse of :func:`qcompiler.backends.torch.capture.load`.
 
     Arguments and result have the structure of the captured program. Constants become parameters and buffers
     under their qualified names and share memory with their payloads; what the program writes to is copied,
     so that calls change this module only. ``lower`` gives what to call for an op outside torch; absent
     operands are passed as None. With ``check_inputs`` a call with other shapes or element types than
-    captured raises InputError. Raises InputError for a graph of another dialect and for an op that neither
+    captured raises InputError. ``tensors`` gives other tensors than the values of constants, of their types and
+    shapes. Raises InputError for a graph of another dialect and for an op that neither
     torch nor ``lower`` knows.
     """
     if graph.dialect != "aten":
         raise InputError(f"a graph of dialect {graph.dialect!r} cannot be emitted as a torch module")
-    emitter = _Emitter(lower)
+    emitter = _Emitter(lower, tensors)
     body = emitter.body(graph, graph.meta.get("returns"), graph.meta.get("mutations", ()))
     in_spec, out_spec = _spec(graph, "in_spec"), _spec(graph, "out_spec")
     if in_spec is not None:
@@ -54,8 +62,8 @@ def _spec(graph: Graph, key: str) -> pytree.TreeSpec | None:
 class _Emitter:
     """One body: the FX graph under construction and the node of each value."""
 
-    def __init__(self, lower: Lower | None) -> None:
-        self.root, self.lower = nn.Module(), lower
+    def __init__(self, lower: Lower | None, tensors: Tensors | None = None) -> None:
+        self.root, self.lower, self.tensors = nn.Module(), lower, tensors
         self.placed: list[tuple[str, torch.Tensor, bool]] = []
         self.fx = fx.Graph()
         self.nodes: dict[Value, fx.Node] = {}
@@ -110,7 +118,7 @@ class _Emitter:
 
     def constant(self, value: Value, *, copy: bool = False) -> fx.Node:
         assert value.payload is not None
-        tensor = tensor_of(value.payload)
+        tensor = tensor_of(value.payload) if self.tensors is None or copy else self.tensors(value)
         if tensor.is_meta:
             raise InputError(f"constant {value.name!r} has no values")
         role = value.meta.get("role", "buffer")
@@ -137,6 +145,10 @@ class _Emitter:
             raise InputError(f"{op.name} '{op.label}' has no implementation in torch here")
         else:
             node = self.call(op, operands)
+        if op.loc.scope:
+            node.meta["nn_module_stack"] = {op.loc.scope: (op.loc.scope, "")}
+        if op.loc.name:
+            node.meta["custom"] = {CUSTOM: [op.loc.name, op.loc.source]}
         if not op.attrs.get("unpack", len(op.results) > 1):
             for result in op.results:
                 self.nodes[result] = node
@@ -154,14 +166,11 @@ class _Emitter:
         kind = list if isinstance(target, torch._ops.OpOverload) else tuple
         args = filled(op.attrs["args"], operands, kind, regions)
         kwargs = {k: filled(v, operands, kind, regions) for k, v in op.attrs.get("kwargs", ())}
-        node = self.fx.create_node("call_function", target, tuple(args), kwargs, name=self.name(op))
-        if op.loc.scope:
-            node.meta["nn_module_stack"] = {op.loc.scope: (op.loc.scope, "")}
-        return node
+        return self.fx.create_node("call_function", target, tuple(args), kwargs, name=self.name(op))
 
     def region(self, op: Op, key: str, region: Graph) -> fx.Node:
         name = _free(self.root, _identifier(key))
-        self.root.add_module(name, region_module(region, key, self.lower))
+        self.root.add_module(name, region_module(region, key, self.lower, self.tensors))
         return self.fx.get_attr(name)
 
     def node_of(self, op: Op, value: Value) -> fx.Node:
@@ -178,9 +187,11 @@ class _Emitter:
         return _identifier(op.results[0].name if single else op.label)
 
 
-def region_module(region: Graph, name: str, lower: Lower | None = None) -> fx.GraphModule:
+def region_module(
+    region: Graph, name: str, lower: Lower | None = None, tensors: Tensors | None = None
+) -> fx.GraphModule:
     """A region as the module that the operator around it calls."""
-    inner = _Emitter(lower)
+    inner = _Emitter(lower, tensors)
     inner.body(region, region.meta.get("returns"))
     return inner.module(name)
 
