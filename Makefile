@@ -43,7 +43,7 @@ lint: $(VENV)/.installed-dev
 demo: $(VENV)/.installed-cpu
 	$(PY) -m qcompiler.demo
 
-# Each torch in an environment of its own; the pins of torch and of what comes with it do not hold there.
+# Each torch in an environment of its own; the pins of torch and of what it asks for do not hold there.
 matrix: $(TORCHES:%=matrix-%)
 
 matrix-%: .venv-torch-%/.installed
@@ -52,7 +52,7 @@ matrix-%: .venv-torch-%/.installed
 
 .venv-torch-%/.installed: pyproject.toml constraints.txt
 	'$(PYTHON)' -m venv --clear $(@D)
-	grep -Ev '^(torch|triton|nvidia-|cuda-)' constraints.txt >$(@D)/constraints.txt
+	grep -Ev '^(torch|triton|nvidia-|cuda-|setuptools)' constraints.txt >$(@D)/constraints.txt
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c $(@D)/constraints.txt setuptools
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c $(@D)/constraints.txt --no-build-isolation 'torch==$*' -e '.[$(EXTRAS_dev)]'
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c $(@D)/constraints.txt --no-deps $(NO_DEPS_dev)
