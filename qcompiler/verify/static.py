@@ -10,7 +10,6 @@ is not quantized again), and the dequantize of rows that were looked up before t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -19,79 +18,20 @@ import networkx as nx
 
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.verify.findings import Finding, Severity
+from qcompiler.verify.flow import Reached, describe, is_constant, movement, reached, source_of
 from qcompiler.verify.op_kinds import (
-    CASTS,
     LOOKUPS,
-    MOVES,
     ORDER_KEEPERS,
     base_name,
-    is_arithmetic,
+    is_activation_slot,
     is_dequantize,
+    is_factor,
+    is_fake_quantize,
     is_integer_kernel,
     is_product,
     is_quantize,
 )
-
-
-@dataclass(frozen=True)
-class Reached:
-    """An op that computes with a value: in operand ``slot``, after the data movement of ``path``."""
-
-    op: Op
-    slot: int
-    path: tuple[Op, ...]
-
-
-def movement(graph: Graph, dropped: AbstractSet[Op] = frozenset()) -> nx.DiGraph:
-    """Value -> value edges through data movement and ``dropped`` ops, regions included; each edge has its op."""
-    out = nx.DiGraph()
-    for op in graph.walk():
-        if op.name not in MOVES and op not in dropped:
-            continue
-        for value in op.operands if base_name(op) in ("Concat", "cat") else op.operands[:1]:
-            for result in op.results:
-                if value is not None:
-                    out.add_edge(value, result, op=op)
-    return out
-
-
-def reached(value: Value, moves: nx.DiGraph) -> list[Reached]:
-    """The ops that compute with ``value``, directly or after data movement, in breadth-first order."""
-    paths: dict[Value, tuple[Op, ...]] = {value: ()}
-    if value in moves:
-        for a, b in nx.bfs_edges(moves, value):
-            paths[b] = (*paths[a], moves.edges[a, b]["op"])
-    out = []
-    for at, path in paths.items():
-        movers = {moves.edges[at, b]["op"] for b in moves[at]} if at in moves else set()
-        users = [use for use in at.uses if isinstance(use.user, Op) and use.user not in movers]
-        out += [Reached(use.user, use.slot, path) for use in users if isinstance(use.user, Op)]
-    return out
-
-
-def source_of(value: Value) -> tuple[Value, bool]:
-    """Where ``value`` comes from before data movement, and whether a lookup by run-time indices is on the way."""
-    looked_up = False
-    while (op := value.owner) is not None and op.name in MOVES and op.operands and op.operands[0] is not None:
-        index = op.operand(1)
-        looked_up |= op.name in LOOKUPS and not (index is not None and index.is_const)
-        value = op.operands[0]
-    return value, looked_up
-
-
-def count(value: Value) -> int:
-    """Elements of a value of static shape, else 0."""
-    shape = value.tensor.static_shape
-    return 0 if shape is None else math.prod(shape)
-
-
-def describe(value: Value) -> str:
-    """``int4[4096, 4096]`` and the bytes that it takes as f32."""
-    t = value.tensor
-    shape = "[" + ", ".join("?" if d is None else str(d) for d in t.shape or ()) + "]"
-    size = count(value) * 4
-    return f"{t.dtype or 'codes'}{shape}" + (f", {size} bytes as f32" if size else "")
-
+from qcompiler.verify.spelled import root_codes, spread
 
 FIX_WEIGHT = "let a fused kernel read the codes: compile with qcompiler, or emit the runtime's low-bit node"
 FIX_ISLAND = "drop the quantize and dequantize around this op, or use an op that the runtime computes on codes"
@@ -119,6 +59,8 @@ class Rules:
 
     def __post_init__(self) -> None:
         self.moves = movement(self.graph, self.dropped)
+        self.folds = self.graph.dialect == "onnx"
+        """The runtime computes what is constant when it loads the model; torch computes it on each call."""
 
     def run(self) -> list[Finding]:
         """All findings: weights first, since what surrounds an unfused weight is its consequence."""
@@ -128,8 +70,10 @@ class Rules:
             if self.codes_are_constant(op):
                 self.weight(op)
         for op in ops:
-            if op.name in CASTS:
-                self.arithmetic(op)
+            if not is_dequantize(op) and (source := root_codes(op)) is not None:
+                self.arithmetic(op, source)
+            if is_fake_quantize(op):
+                self.rounded(op)
         for op in dequantizes:
             if not self.codes_are_constant(op):
                 self.activation(op)
@@ -159,7 +103,11 @@ class Rules:
         if codes is None:
             return False
         source, looked_up = source_of(codes)
-        return not looked_up and (source.is_const or (source.is_input and source.payload is not None))
+        if looked_up:
+            return False
+        if source.is_const or (source.is_input and source.payload is not None):
+            return True
+        return not self.folds and is_constant(source)
 
     # -- weights ---------------------------------------------------------------------------------------------
 
@@ -172,7 +120,7 @@ class Rules:
         for r in reached(op.results[0], self.moves):
             if r.op in self.absorbed:
                 continue
-            small = vector and not (is_product(r.op) and r.slot < 2)
+            small = vector and not (is_product(r.op) and r.slot < 2 and is_factor(r.op, r.slot))
             if is_quantize(r.op):
                 reason = f"a constant of {what} is dequantized and quantized again"
                 self.add("QC107", op, f"{base_name(op)} feeds {base_name(r.op)} '{r.op.label}'", reason, FIX_PAIR)
@@ -200,73 +148,21 @@ class Rules:
             reason = "the expanded tensor must exist, so no kernel can read the codes instead"
             self.add("QC101", op, message, reason, "give out the codes, or nothing", "warning" if vector else "error")
 
-    def arithmetic(self, op: Op) -> None:
-        """Low-bit constant -> cast -> arithmetic -> product: a dequantize in all but name."""
-        codes = op.operand(0)
-        result = op.results[0].tensor.dtype
-        if codes is None or (result is not None and not result.is_float):
-            return
-        source = self.low_bit_source(codes)
-        if source is None or (source.tensor.rank or 0) < 2:
-            return
-        constant, products = self.spread(op)
+    def arithmetic(self, op: Op, source: Value) -> None:
+        """Low-bit constant -> cast -> arithmetic -> product: a dequantize in all but name. ``op`` makes the floats."""
+        constant, products = spread(op)
         for r in products:
+            read = r.op.operand(r.slot)
+            if read is None or ((source.tensor.rank or 0) < 2 and (self.folds or (read.tensor.rank or 0) < 2)):
+                continue
             steps = " -> ".join(f"{base_name(m)} '{m.label}'" for m in r.path)
             message = f"{describe(source)}, is dequantized by {steps} and feeds {base_name(r.op)} '{r.op.label}'"
-            if constant:
+            if constant and self.folds:
                 reason = "all of it is constant, so the runtime folds it into a float weight when it loads the model"
                 found = self.add("QC103", op, message, reason, FIX_WEIGHT)
             else:
                 found = self.add("QC101", op, message, "the whole tensor is expanded to float on each call", FIX_WEIGHT)
             self.blamed.setdefault(r.op, found)
-
-    def low_bit_source(self, value: Value) -> Value | None:
-        """The constant of at most 8 bits an element behind data movement and integer arithmetic, if there is one."""
-        seen = 0
-        while seen < 64:
-            seen += 1
-            value, looked_up = source_of(value)
-            element = value.tensor.dtype
-            if value.is_const and element is not None and element.is_integer and element.bits <= 8:
-                return None if looked_up else value
-            op = value.owner
-            if op is None or not is_arithmetic(op) or looked_up:
-                return None
-            following = next((v for v in op.operands if v is not None and not _small(v)), None)
-            if following is None:
-                return None
-            value = following
-        return None
-
-    def spread(self, cast: Op) -> tuple[bool, list[Reached]]:
-        """Follow a cast through arithmetic with scales: whether all of that was constant, the products it reaches."""
-        constant, out = True, []
-        work: list[tuple[Value, tuple[Op, ...]]] = [(cast.results[0], (cast,))]
-        seen = {cast.results[0]}
-        while work:
-            value, path = work.pop()
-            for use in value.uses:
-                op = use.user
-                if not isinstance(op, Op):
-                    continue
-                if is_product(op) or op.name in LOOKUPS:
-                    out.append(Reached(op, use.slot, path))
-                elif (op.name in MOVES or self.scales(op, value)) and op.results and op.results[0] not in seen:
-                    constant = constant and all(v is None or v is value or _constant(v) for v in op.operands)
-                    seen.add(op.results[0])
-                    work.append((op.results[0], (*path, op)))
-        return constant, out
-
-    def scales(self, op: Op, value: Value) -> bool:
-        """Arithmetic of ``value`` with constants or with something a quarter of its size or less: a scale.
-
-        A matrix may also meet a tensor of unknown shape: activations are not what constants are multiplied with.
-        """
-        others = [v for v in op.operands if v is not None and v is not value]
-        free = (value.tensor.rank or 9) <= 2
-        return is_arithmetic(op) and all(
-            _constant(v) or (free if v.tensor.static_shape is None else count(v) * 4 <= count(value)) for v in others
-        )
 
     # -- activations -----------------------------------------------------------------------------------------
 
@@ -286,7 +182,8 @@ class Rules:
             elif r.op in self.blamed:
                 continue
             elif is_product(r.op):
-                self.product(op, r, cache=not quantized and not kernel)
+                if not (looked_up and source.is_const and is_activation_slot(r.op, r.slot)):  # rows of a table
+                    self.product(op, r, cache=not quantized and not kernel)
             elif quantized or self.quantized_again(r.op):
                 self.island(op, r.op, maker if quantized else None)
         if quantized and not every and maker is not None and not looked_up:
@@ -320,26 +217,15 @@ class Rules:
             message = f"{base_name(op)} feeds {base_name(r.op)} '{r.op.label}'"
             self.add("QC107", op, message, "codes are turned to float and back", FIX_PAIR, about=[r.op])
 
+    def rounded(self, op: Op) -> None:
+        """Quantization that is only simulated: floats before and behind."""
+        message = f"{base_name(op)} '{op.label}' rounds {describe(op.results[0])} to codes and back"
+        reason = "it simulates quantization as in training: everything behind it runs in float"
+        fix = "convert the trained model, or compile the float one"
+        self.add("QC107", op, message, reason, fix)
+
     def quantized_again(self, op: Op) -> bool:
         return any(is_quantize(r.op) for v in op.results for r in reached(v, self.moves) if r.op not in self.absorbed)
-
-
-def _constant(value: Value) -> bool:
-    """A constant, or computed from constants alone (a few steps)."""
-    work, seen = [value], 0
-    while work:
-        seen += 1
-        v = work.pop()
-        if v.is_const:
-            continue
-        if v.owner is None or seen > 32:
-            return False
-        work.extend(o for o in v.owner.operands if o is not None)
-    return True
-
-
-def _small(value: Value) -> bool:
-    return 0 < count(value) <= 8 and value.is_const
 
 
 def find_unfused(graph: Graph, absorbed: AbstractSet[Op] = frozenset()) -> list[Finding]:
@@ -351,6 +237,6 @@ def find_spelled_out(graph: Graph) -> list[Finding]:
     """Only the dequantizes that are written as casts and arithmetic: optimizers fold them and leave no trace."""
     rules = Rules(graph)
     for op in graph.walk():
-        if op.name in CASTS and op.results:
-            rules.arithmetic(op)
+        if op.results and not is_dequantize(op) and (source := root_codes(op)) is not None:
+            rules.arithmetic(op, source)
     return rules.findings

@@ -136,7 +136,7 @@ FAULTS: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
             "%y : f32[m, 64] = aten.linear.default(%x, %f)",
             dialect="aten",
         ),
-        [("QC103", "cast", "error")],
+        [("QC101", "cast", "error")],
     ),
     "spelled out, scale known at run time": (
         graph(
