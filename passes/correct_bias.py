@@ -13,8 +13,12 @@ from qcompiler.payload import ComputedPayload
 from qcompiler.pipeline import Context, Pass
 from qcompiler.rewrite import Declined
 from qcompiler.spec import is_float_const
-from qcompiler.views import LinearView, as_linear, is_row
+from qcompiler.views import CONV_OPS, LinearView, as_linear, is_row, with_args
 from qcompiler.weights import WeightQuantization
+
+_CONVS = {"onnx.Conv"} | {op for op in CONV_OPS if op.startswith("aten.")}
+_LINEARS = ("onnx.Gemm", "aten.linear.default")
+"""Layers whose op has an operand for a bias."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,11 @@ def _layers(graph: Graph) -> Iterator[_Layer]:
         if isinstance(view, ConvView):
             channels = (view.weight.tensor.static_shape or (0, 0))[1] * view.group
             place = _slot(op, view.bias)
-            if place is not None or (view.bias is None and op.name == "onnx.Conv"):
+            if place is not None or (view.bias is None and op.name in _CONVS):
                 yield _Layer(view, made, TapMeans(channels, view.kernel, view.attrs), view.bias, place)
         else:
             bias, place = _linear_bias(view)
-            if place is not None or (bias is None and op.name == "onnx.Gemm"):
+            if place is not None or (bias is None and op.name in _LINEARS):
                 yield _Layer(view, made, TapMeans(view.k), bias, place)
 
 
@@ -130,7 +134,12 @@ def _correct(layer: _Layer) -> None:
     name = f"{view.weight.name.removesuffix('_dq')}_bias" if layer.bias is None else layer.bias.name
     value = home.add_const(home.fresh(f"{name}_corrected"), payload)
     if layer.place is None:
-        view.op.set_operands([*view.op.operands[:2], value])
+        if view.op.name.startswith("aten."):
+            operands, attrs = with_args(view.op, {2: value})
+            view.op.set_operands(operands)
+            view.op.attrs = attrs
+        else:
+            view.op.set_operands([*view.op.operands[:2], value])
         return
     assert isinstance(layer.place.user, Op)
     layer.place.user.set_operand(layer.place.slot, value)

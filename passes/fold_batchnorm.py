@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from qcompiler import channels
 from qcompiler.channels import ChannelFolding, Law
 from qcompiler.conv_views import ConvView, as_conv
-from qcompiler.ir import Graph, Op, Value
-from qcompiler.payload import Payload
+from qcompiler.ir import Graph, Hole, Op, TensorType, Value
+from qcompiler.payload import Payload, constant
 from qcompiler.pipeline import Context, Pass
 from qcompiler.rewrite import Declined, Rewriter, apply_rules, rule
 from qcompiler.spec import is_float_const
-from qcompiler.views import as_linear
+from qcompiler.views import CONV_OPS, LINEAR_OPS, LinearView, as_linear, call_args, named_operands, with_args
 
 _PRODUCTS = ("onnx.MatMul", "onnx.Gemm")
 _LAWS = {
@@ -37,6 +39,67 @@ def fold_batchnorm_behind(op: Op, rw: Rewriter) -> Sequence[Value]:
     if layer.name in _PRODUCTS and op.results[0].tensor.rank != 2:
         raise rw.declined(f"'{op.label}' normalises axis 1, the product before it has its channels on the last")
     return [_with_channels(layer, op, constants, law, rw), *op.results[1:]]  # the others have no users
+
+
+@rule("aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default")
+def fold_aten_batchnorm(op: Op, rw: Rewriter) -> Sequence[Value]:
+    """batch_norm(conv(x, w, b))  ->  conv(x, w * f, b * f + s)   in eval mode; and so for a product of rank 2"""
+    constants, law = _aten_batchnorm(op, rw)
+    x = op.operand(0)
+    layer = None if x is None else x.owner
+    if layer is None or layer.graph is not op.graph or (layer.name not in CONV_OPS and layer.name not in LINEAR_OPS):
+        raise rw.declined(f"'{op.label}' follows no convolution and no product")
+    if len(layer.result.uses) != 1:
+        raise rw.declined(f"'{layer.label}' has other users than '{op.label}'")
+    view = as_conv(layer) if layer.name in CONV_OPS else as_linear(layer)
+    if isinstance(view, LinearView) and layer.result.tensor.rank != 2:
+        raise rw.declined(f"'{op.label}' normalises axis 1, the product before it has its channels on the last")
+    where: Literal["rows", "columns"] = "columns" if isinstance(view, LinearView) and not view.transposed else "rows"
+    if constants[0].size != view.n:
+        raise rw.declined(f"'{op.label}' has {constants[0].size} channels, '{layer.label}' makes {view.n}")
+    bias = None if view.bias is None else _payload(view.bias)
+    weight, added = ChannelFolding(_payload(view.weight), bias, constants, law, view.n, where).payloads()
+    new = rw.const(f"{view.weight.name}_folded", weight, view.weight.graph)
+    new.meta["origin"] = view.weight.meta.get("origin", view.weight.name)
+    out = _aten_layer(op, view, new, rw.const(f"{view.weight.name}_bias", added, view.weight.graph), rw)
+    return [out, *op.results[1:]]  # the others have no users
+
+
+def _aten_batchnorm(op: Op, rw: Rewriter) -> tuple[tuple[Payload, ...], Law]:
+    """The constants of a batch normalisation of aten in eval mode, and its law; weight and bias may be absent."""
+    args: list[Any] = call_args(op)
+    legit = op.name != "aten.batch_norm.default"
+    if (not legit and (len(args) < 8 or args[5])) or any(r.uses for r in op.results[1:]) or named_operands(op):
+        raise rw.declined(f"'{op.label}' is in training mode: its statistics are those of each batch")
+    mean = args[3]
+    if not isinstance(mean, Value) or not is_float_const(mean) or mean.payload is None:
+        raise rw.declined(f"'{op.label}' has statistics that are no constants")
+    plain = (np.ones, np.zeros)
+    found = [
+        constant(plain[i](mean.payload.shape), mean.payload.dtype) if v is None else _payload(v)
+        for i, v in enumerate(args[1:5])
+    ]
+    return tuple(found), channels.batch_law(float(args[6 if legit else 7]))
+
+
+def _aten_layer(root: Op, view: ConvView | LinearView, weight: Value, bias: Value, rw: Rewriter) -> Value:
+    """The layer of ``view`` with another weight, stored as it was, and bias, in the place of ``root``."""
+    layer = view.op
+    if isinstance(view, ConvView) or layer.name == "aten.linear.default":
+        operands, attrs = with_args(layer, {1: weight, 2: bias})
+        name = layer.name
+    else:
+        name, operands = "aten.linear.default", [view.x, weight, bias]
+        if not view.transposed:
+            shape = weight.tensor.static_shape or (0, 0)
+            flipped = TensorType(weight.tensor.dtype, shape[::-1])
+            operands[1] = rw.op("aten.t.default", weight, type=flipped, hint=f"{weight.name}_t", args=(Hole(0),))
+        attrs = {"args": (Hole(0), Hole(1), Hole(2))}
+    out = rw.op(name, *operands, type=root.results[0].type, **attrs)
+    assert out.owner is not None
+    out.owner.loc, out.owner.meta = layer.loc, dict(layer.meta)
+    rw.revisit(out.owner)
+    return out
 
 
 @rule(*_LAWS)
@@ -235,5 +298,5 @@ class FoldBatchnorm(Pass):
     name: ClassVar[str] = "fold-batchnorm"
 
     def run(self, graph: Graph, ctx: Context) -> None:
-        rules = [fold_batchnorm_behind, fold_channels_behind, fold_batchnorm_before, fold_pad]
+        rules = [fold_batchnorm_behind, fold_aten_batchnorm, fold_channels_behind, fold_batchnorm_before, fold_pad]
         apply_rules(graph, rules, log=ctx.refusals)

@@ -24,6 +24,7 @@ from qcompiler.rewrite import Refusal, Rewriter, apply_rules, rule
 from qcompiler.scheme import Scheme
 from qcompiler.sites import Site
 from qcompiler.spec import is_float_const
+from qcompiler.verify.op_kinds import CASTS, base_name
 from qcompiler.views import CONV_OPS, LINEAR_OPS, as_linear, is_row, through_transposes
 
 SMOOTHED = "factors of single channels, which smoothing could fold into nothing, run in float"
@@ -243,6 +244,8 @@ def requantize(op: Op, rw: Rewriter) -> Value:
 # -- what is left --------------------------------------------------------------------------------------------
 
 
+_SIZES = frozenset({"onnx.Shape", "onnx.Size", "aten.sym_size.int", "aten._assert_tensor_metadata.default"})
+"""Ops that ask what a tensor is, not for its elements."""
 CODES_END = "codes end here: its input is dequantized, and no product behind it reads its result as codes"
 
 
@@ -253,9 +256,9 @@ def _readers(value: Value) -> list[Op]:
     while work:
         at = work.pop()
         for user in at.users:
-            if user.name in ("onnx.Shape", "onnx.Size"):
+            if user.name in _SIZES:
                 continue
-            cast_to_itself = user.name == "onnx.Cast" and user.result.tensor.dtype == value.tensor.dtype
+            cast_to_itself = user.name in CASTS and user.result.tensor.dtype == value.tensor.dtype
             if movement_kind(user) is None and not cast_to_itself:
                 out[user] = None
                 continue
@@ -311,7 +314,7 @@ def name_islands(graph: Graph, ctx: Context, refusals: list[Refusal], *, given: 
             if op in seen or ours or not (how := _why_island(op, dq, ctx, given)):
                 continue
             seen.add(op)
-            what = op.name.rpartition(".")[2]
+            what = base_name(op)
             none = f"{ctx.target or 'the target'} has no integer kernel for {what}"
             product = op.name in LINEAR_OPS or op.name in CONV_OPS
             why = said.get(op.label) or ("" if product else SMOOTHED if op.name == "q.scale" else none)

@@ -12,6 +12,7 @@ from qcompiler.calibrate.observers import RangeObserver
 from qcompiler.clipping import affine_params
 from qcompiler.dtypes import F32
 from qcompiler.errors import RecipeError
+from qcompiler.functional import unsteady
 from qcompiler.integer_spec import FUNCTIONS
 from qcompiler.ir import Graph, Op, TensorType, Use, Value
 from qcompiler.movement import clamp, movement_kind
@@ -34,6 +35,11 @@ IN_REGION = Reason(
     "QC305",
     "values of a subgraph cannot be watched while calibrating, so its activation is quantized at run time",
 )
+WRITTEN = Reason(
+    "QC203",
+    "its activation or its result is written to in place, so codes of it could go stale",
+    "write the model without in-place operations",
+)
 
 
 @dataclass
@@ -53,7 +59,8 @@ class InsertActivationQdq(Pass):
     ``activations`` is per tensor, static (ranges come from the calibration data) or dynamic (from each input).
     ``observer`` says how a range is found: ``minmax``, ``percentile`` (``percentile`` of the values on either side),
     ``mse`` or ``entropy``. ``ends`` is what a convolution gives whose result only float ops read: floats lose nothing,
-    codes are faster. With ``matmuls``, products of two activations run on codes as well (static only). ``match``
+    codes are faster (of aten convolutions floats always, where there is such a kernel: torch computes both alike
+    fast). With ``matmuls``, products of two activations run on codes as well (static only). ``match``
     and ``skip`` are globs over site names; each must match something.
 
     Static: :mod:`qcompiler.placement` says where codes begin and end. A product in a subgraph, where ranges cannot be
@@ -96,9 +103,14 @@ class InsertActivationQdq(Pass):
                     ctx.findings.append(_info(product, IN_REGION))
             else:
                 static.append(product)
-        _insert_dynamic(dynamic.values(), at_run_time)
-        if static:
-            self._insert_static(_Work(graph, ctx), static)
+        written = unsteady(graph)
+        _insert_dynamic(dynamic.values(), at_run_time, written)
+        steady = [p for p in static if not written.intersection((*p.inputs, *p.op.results))]
+        for product in static:
+            if product not in steady:
+                _leave(product, WRITTEN, ctx)
+        if steady:
+            self._insert_static(_Work(graph, ctx), steady)
 
     def _check_globs(self, found: list[Product]) -> None:
         names = ", ".join(p.site for p in found[:6]) + (", ..." if len(found) > 6 else "")
@@ -116,7 +128,7 @@ class InsertActivationQdq(Pass):
             return Reason("", "not matched by the recipe")
         if product.reason is not None:
             return product.reason
-        if product.element is not F32:
+        if product.element is not F32 and not product.op.name.startswith("aten."):
             fix = "export the model in f32"
             return Reason("QC201", f"its activation is {product.element}, and integer kernels take f32", fix)
         if ctx.target is None:
@@ -143,7 +155,7 @@ class InsertActivationQdq(Pass):
         """What the kernel makes of ``product``."""
         if product.kind != "conv":
             return "floats"
-        if self.ends == "codes":
+        if self.ends == "codes" and not product.op.name.startswith("aten."):
             return "codes"
         request = replace(product.request(self.activations), y=None)
         return "wanted" if ctx.target is None or ctx.target.choose(request, ctx.phases) is not None else "codes"
@@ -200,9 +212,9 @@ class InsertActivationQdq(Pass):
         """x  ->  q.dequantize(q.quantize(x, s, z), s, z)   with one s and z for the group"""
         known = [r for r in (work.ranges[v] for v in group.points) if r is not None]
         lo, hi = min(r[0] for r in known), max(r[1] for r in known)
-        scale, zero = affine_params(np.asarray(lo), np.asarray(hi), self.activations, F32)
-        hint = next(iter((*group.every, *group.some))).name
-        home = work.graph
+        first = next(iter((*group.every, *group.some)))
+        element, hint, home = first.tensor.dtype or F32, first.name, work.graph
+        scale, zero = affine_params(np.asarray(lo), np.asarray(hi), self.activations, element)
         parameters: list[Value | None] = [home.add_const(home.fresh(f"{hint}_scale"), constant(np.asarray(scale)))]
         if zero is not None:
             payload = constant(np.asarray(zero), self.activations.dtype)
@@ -264,13 +276,16 @@ def _fit_bias(product: Product) -> None:
         with_scale_floor(weight_dequantize(product.op, product.weights[0]), bias, scale)
 
 
-def _insert_dynamic(products: Iterable[Product], scheme: Scheme) -> None:
-    """x  ->  q.dequantize(q.quantize(x, s, z), s, z)   with s, z = q.choose_qparams(x), once for all readers of x"""
-    made: dict[tuple[Graph, Value], Value] = {}
+def _insert_dynamic(products: Iterable[Product], scheme: Scheme, written: set[Value]) -> None:
+    """x  ->  q.dequantize(q.quantize(x, s, z), s, z)   with s, z = q.choose_qparams(x), once for all readers of x
+
+    and for each reader, where x is one of the values that are ``written`` to.
+    """
+    made: dict[tuple[Graph, Value, Op | None], Value] = {}
     for product in products:
         home = product.op.graph
         for slot, value in zip(product.slots, product.inputs, strict=True):
-            key = (home, value)
+            key = (home, value, product.op if value in written else None)
             if key not in made:
                 made[key] = _dynamic_pair(product.op, value, scheme)
             product.op.set_operand(slot, made[key])
@@ -279,7 +294,7 @@ def _insert_dynamic(products: Iterable[Product], scheme: Scheme) -> None:
 def _dynamic_pair(op: Op, value: Value, scheme: Scheme) -> Value:
     """The pair before ``op``, the first reader of ``value``."""
     home = op.graph
-    results = [(home.fresh(f"{value.name}_scale"), TensorType(F32, ()))]
+    results = [(home.fresh(f"{value.name}_scale"), TensorType(value.tensor.dtype or F32, ()))]
     if not scheme.symmetric:
         results.append((home.fresh(f"{value.name}_zero"), TensorType(scheme.dtype, ())))
     chosen = home.create("q.choose_qparams", [value], {"scheme": scheme}, results, before=op)

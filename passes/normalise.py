@@ -110,14 +110,28 @@ def fold_weight_movement(op: Op, rw: Rewriter) -> Value:
     return made
 
 
-RULES = (drop_identity, drop_double_transpose, join_transposes, fold_matrix_transpose, fold_weight_movement)
+RULES = (
+    drop_identity,
+    drop_indices,
+    drop_double_transpose,
+    join_transposes,
+    fold_matrix_transpose,
+    fold_weight_movement,
+)
 
 
 @dataclass(frozen=True)
 class Normalise(Pass):
-    """Drop identities and cancelling transposes, join others; give reshaped weights their final shape and type."""
+    """Drop identities and cancelling transposes, join others; give reshaped weights their final shape and type.
+
+    Of aten graphs also: writes in place become functional, and equal views one.
+    """
 
     name: ClassVar[str] = "normalise"
 
     def run(self, graph: Graph, ctx: Context) -> None:
+        if graph.dialect == "aten":
+            make_functional(graph)
         apply_rules(graph, RULES, log=ctx.refusals)
+        if graph.dialect == "aten":
+            share_views(graph)

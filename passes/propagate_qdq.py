@@ -11,8 +11,19 @@ from typing import ClassVar
 
 import numpy as np
 
-from qcompiler.ir import Graph, Loc, Op, TensorType, Value
-from qcompiler.movement import PERMUTE, REPEAT, SELECT, clamp, clips_codes, data_operands, movement_kind
+from qcompiler.ir import Graph, Hole, Loc, Op, TensorType, Value
+from qcompiler.movement import (
+    CODES_CLIP,
+    CONCAT,
+    PERMUTE,
+    REPEAT,
+    SELECT,
+    clamp,
+    clips_codes,
+    data_operands,
+    movement_kind,
+    permutation,
+)
 from qcompiler.numerics import quantize
 from qcompiler.pairs import is_activation, same_parameters, scalar_parameters
 from qcompiler.payload import Payload, computed, constant
@@ -51,7 +62,7 @@ def _move(rw: Rewriter, value: Value | None, how: str, payload: Payload | None) 
     return None if value is None or payload is None else rw.const(f"{value.name}_{how}", payload, value.graph)
 
 
-@rule("onnx.Transpose")
+@rule("onnx.Transpose", "aten.t.default", "aten.numpy_T.default", "aten.transpose.int", "aten.permute.default")
 def through_transpose(op: Op, rw: Rewriter) -> Value:
     """transpose(q.dequantize(c, s, z))  ->  q.dequantize(transpose(c), transpose(s), transpose(z))"""
     dq = rw.expect(op.operand(0), "q.dequantize")
@@ -60,7 +71,9 @@ def through_transpose(op: Op, rw: Rewriter) -> Value:
     if codes.tensor.rank == 2 and op.result.users and all(u.name in LINEAR_OPS for u in op.result.users):
         raise rw.declined("a linear layer reads its weight through the transpose", quiet=True)
     rank = len(codes.tensor.shape or ())
-    perm = tuple(op.attrs.get("perm", range(rank)[::-1]))
+    perm = permutation(op)
+    if perm is None or len(perm) != rank:
+        raise rw.declined(f"'{op.label}' permutes {rank} axes in a way that is not known", code="QC102")
     axis = None if scheme.axis is None else perm.index(scheme.axis % rank)
     along = scheme.granularity == "group"
     moved: list[Value | None] = []
@@ -76,7 +89,11 @@ def through_transpose(op: Op, rw: Rewriter) -> Value:
     return _dequantize(rw, dq, replace(scheme, axis=axis), moved, shape)
 
 
-@rule("onnx.Reshape", "onnx.Squeeze", "onnx.Unsqueeze", "onnx.Flatten")
+@rule(
+    *(f"onnx.{n}" for n in ("Reshape", "Squeeze", "Unsqueeze", "Flatten")),
+    *(f"aten.{n}.default" for n in ("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")),
+    *("aten.flatten.using_ints", "aten.unflatten.int", "aten.squeeze.dim", "aten.squeeze.dims"),
+)
 def through_reshape(op: Op, rw: Rewriter) -> Value:
     """reshape(q.dequantize(c, s, z))  ->  q.dequantize(reshape(c), reshape(s), reshape(z))
 
@@ -123,7 +140,9 @@ def _reshaped_scheme(
 
 # -- activations ---------------------------------------------------------------------------------------------
 
-_MOVERS = sorted(PERMUTE | REPEAT | SELECT | {"onnx.Pad", "onnx.Concat"})
+_MOVERS = sorted(PERMUTE | REPEAT | SELECT | CONCAT | {"onnx.Pad"})
+_AS_COPY = {"aten.view.default": "aten.reshape.default", "aten._unsafe_view.default": "aten.reshape.default"}
+"""Codes may have other strides than the floats had, and a view of those may be none of these."""
 
 
 def _on_codes(rw: Rewriter, mover: Op, operands: list[Value | None], scheme: Scheme) -> list[Value]:
@@ -135,9 +154,9 @@ def _on_codes(rw: Rewriter, mover: Op, operands: list[Value | None], scheme: Sch
         while name in names:
             name += "_"
         names.append(name)
-    made = rw.graph.create(
-        mover.name, operands, mover.attrs, list(zip(names, types, strict=True)), loc=mover.loc, before=rw.root
-    )
+    results = list(zip(names, types, strict=True))
+    name = _AS_COPY.get(mover.name, mover.name)
+    made = rw.graph.create(name, operands, mover.attrs, results, loc=mover.loc, before=rw.root)
     made.meta.update(mover.meta)
     rw.made.append(made)
     return made.results
@@ -238,16 +257,23 @@ def hoist_quantize_over_clamp(op: Op, rw: Rewriter) -> Value:
     out = rw.op("q.quantize", source, *op.operands[1:], type=element, hint=f"{source.name}_q", **op.attrs)
     if all(c is None for c in codes):
         return out
-    limits = [
-        None
-        if c is None
-        else rw.const(f"{op.result.name}_{end}", constant(np.asarray(c, scheme.dtype.storage), scheme.dtype))
-        for c, end in zip(codes, ("low", "high"), strict=True)
-    ]
-    clipped = rw.op("onnx.Clip", out, *limits, type=element, hint=f"{op.result.name}_clip")
+    clipped = _clip_codes(rw, out, codes, scheme, op.result.name)
     assert clipped.owner is not None
     clipped.owner.loc = clamped.loc
     return clipped
+
+
+def _clip_codes(rw: Rewriter, x: Value, bounds: list[int | None], scheme: Scheme, name: str) -> Value:
+    """Codes ``x`` between ``bounds``."""
+    dialect = x.graph.root.dialect
+    kind, hint = x.type, f"{name}_clip"
+    if dialect == "aten":
+        return rw.op(CODES_CLIP[dialect], x, type=kind, hint=hint, args=(Hole(0), *bounds))
+    limits = [
+        None if c is None else rw.const(f"{name}_{end}", constant(np.asarray(c, scheme.dtype.storage), scheme.dtype))
+        for c, end in zip(bounds, ("low", "high"), strict=True)
+    ]
+    return rw.op(CODES_CLIP[dialect], x, *limits, type=kind, hint=hint)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from qcompiler.ir import Op, Value
 from qcompiler.rewrite import Declined
 from qcompiler.spec import is_float_const
 from qcompiler.target import Reason
-from qcompiler.views import CONV_OPS, call_args
+from qcompiler.views import CONV_OPS, call_args, named_operands
 
 _AUTO = {"valid": "VALID", "same": "SAME_UPPER"}
 
@@ -146,6 +146,9 @@ def _ints(op: Op, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
 def _aten(op: Op, weight: Value, shape: tuple[int, ...]) -> ConvView:
     d = len(shape) - 2
     args = call_args(op)
+    if named := named_operands(op):
+        message = f"{op.name} '{op.label}' passes {', '.join(named)} by name"
+        raise Declined(Reason("QC203", message, "pass tensors by position"))
     if op.name == "aten.convolution.default":
         x, _, bias, strides, padding, dilations, _, _, group = args[:9]
     else:

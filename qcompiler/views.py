@@ -9,6 +9,7 @@ reason; an op of another kind is declined quietly.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,41 @@ def _fill(op: Op, skeleton: Attr) -> Any:
     if isinstance(skeleton, Hole):
         return op.operands[skeleton.index]
     return [_fill(op, s) for s in skeleton] if isinstance(skeleton, tuple) else skeleton
+
+
+def with_args(op: Op, changes: Mapping[int, Value | None]) -> tuple[list[Value | None], dict[str, Attr]]:
+    """Operands and attributes of the aten call ``op`` with other values as the positional arguments of ``changes``.
+
+    An argument that was left out is added; those between are None.
+    """
+    operands: list[Value | None] = []
+
+    def packed(skeleton: Attr) -> Attr:
+        if isinstance(skeleton, Hole):
+            operands.append(op.operands[skeleton.index])
+            return Hole(len(operands) - 1)
+        return tuple(packed(s) for s in skeleton) if isinstance(skeleton, tuple) else skeleton
+
+    given: list[Attr] = list(op.attrs.get("args", ()))
+    given += [None] * (1 + max(changes, default=-1) - len(given))
+    args: list[Attr] = []
+    for i, skeleton in enumerate(given):
+        if i not in changes:
+            args.append(packed(skeleton))
+            continue
+        value = changes[i]
+        if value is not None:
+            operands.append(value)
+        args.append(None if value is None else Hole(len(operands) - 1))
+    attrs = {**op.attrs, "args": tuple(args)}
+    if "kwargs" in op.attrs:
+        attrs["kwargs"] = tuple((k, packed(v)) for k, v in op.attrs["kwargs"])
+    return operands, attrs
+
+
+def named_operands(op: Op) -> list[str]:
+    """The keywords by which the aten call ``op`` passes values: views read positional arguments alone."""
+    return [k for k, v in op.attrs.get("kwargs", ()) if isinstance(v, Hole)]
 
 
 def through_transposes(value: Value) -> tuple[Value, bool]:
@@ -257,6 +293,9 @@ def _plain_attributes(op: Op) -> None:
             message = f"{op.name} '{op.label}' has {key}={op.attrs[key]}, which no fused low-bit kernel takes"
             raise Declined(Reason("QC203", message, "write the factor or transpose as an op of its own"))
     kwargs = dict(op.attrs.get("kwargs", ()))
+    if named := named_operands(op):
+        message = f"{op.name} '{op.label}' passes {', '.join(named)} by name"
+        raise Declined(Reason("QC203", message, "pass tensors by position"))
     if op.name.startswith("aten.") and any(kwargs.get(k, 1) != 1 for k in ("alpha", "beta")):
         raise Declined(Reason("QC203", f"{op.name} '{op.label}' scales its product ({kwargs})", "scale outside"))
 
