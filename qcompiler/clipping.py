@@ -7,6 +7,7 @@ group alone.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import ml_dtypes
@@ -23,6 +24,9 @@ Floats = NDArray[np.float64]
 FACTORS: tuple[float, ...] = tuple(1 - i / 40 for i in range(20))
 """What ``clip="mse"`` shrinks a range by: 1.0, 0.975, ... 0.525. For 128 normal weights it finds about 0.9 at 4 bits,
 0.6 at 2 and 1.0 at 8."""
+
+SCALE_BITS = 8
+"""Significant bits of the scales of codes of up to 4 bits: as many as bf16 has. It costs a scale at most 0.2 %."""
 
 CHUNK = 1024
 """Squared errors along the reduction axis are added in chunks of this length: the largest group a scheme may have."""
@@ -49,6 +53,9 @@ def affine_params(lo: Array, hi: Array, scheme: Scheme, element: DType) -> tuple
       - the scale is rounded to ``element`` before the zero point (and any code) is computed from it. It is never 0:
         below the smallest normal number it becomes that number, since arithmetic may flush subnormals. In f16, whose
         subnormals are normal in the f32 that kernels compute in, it is rounded up instead, so that none is clipped.
+      - scales of codes of up to 4 bits are rounded to :data:`SCALE_BITS` significant bits, to nearest, whatever
+        ``element`` is and before anything is computed from them: kernels that keep scales in bf16 compute with the
+        very scales that the codes were made for, and all targets have the same codes.
     Raises InputError for a negative value in an unsigned symmetric scheme.
     """
     qmin, qmax = scheme.dtype.qmin, scheme.dtype.qmax
@@ -64,7 +71,10 @@ def affine_params(lo: Array, hi: Array, scheme: Scheme, element: DType) -> tuple
         exact = hi / qmax
     else:
         exact = np.maximum(-lo, hi) / ((qmax - qmin) / 2)
-    scale = np.where(exact > 0, _no_underflow(exact, element), 1.0).astype(element.storage)
+    bounded = _no_underflow(exact, element)
+    if scheme.bits <= 4:
+        bounded = short(bounded, element)
+    scale = np.where(exact > 0, bounded, 1.0).astype(element.storage)
     if scheme.zero == "none":
         return scale, None
     zero = np.clip(qmin - lo / scale.astype(np.float64), qmin, qmax)
@@ -79,11 +89,20 @@ def _no_underflow(exact: Floats, element: DType) -> Floats:
     return np.where(exact < float(info.smallest_normal), np.ceil(exact / step) * step, exact)
 
 
+def short(scale: Floats, element: DType) -> Floats:
+    """Positive scales rounded to :data:`SCALE_BITS` significant bits, to nearest, ties to even; never to infinity."""
+    mantissa, exponent = np.frexp(scale)
+    steps = 1 << SCALE_BITS
+    out: Floats = np.ldexp(np.rint(mantissa * steps) / steps, exponent)
+    largest = float(ml_dtypes.finfo(element.storage).max)  # type: ignore[no-untyped-call]
+    return np.minimum(out, math.ldexp((steps - 1) / steps, math.frexp(largest)[1]))
+
+
 def raised(lo: Floats, hi: Floats, floor: Floats, scheme: Scheme) -> tuple[Floats, Floats]:
     """The ranges widened so far that :func:`affine_params` makes scales of at least ``floor`` of them.
 
-    A range of zeros gets the floor itself where that is above 0. The scale is rounded to its dtype after that, so it
-    may be half a unit in the last place below the floor.
+    A range of zeros gets the floor itself where that is above 0. The scale is rounded after that, so it may be half a
+    unit in the last place below the floor: of its dtype, or of :data:`SCALE_BITS` bits for codes of up to 4 bits.
     """
     lo, hi = np.minimum(lo, 0.0), np.maximum(hi, 0.0)
     qmin, qmax = scheme.dtype.qmin, scheme.dtype.qmax

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qcompiler.backends.chips import detect_features
 from qcompiler.backends.onnx.alone import Measured, Prober, probed_rows
 from qcompiler.backends.onnx.bias import check_bias
 from qcompiler.backends.onnx.differs import compare
 from qcompiler.backends.onnx.folded import check_folded
 from qcompiler.backends.onnx.judge import Judgement, NodeVerdict, allowed_of, examine, session_of
-from qcompiler.backends.onnx.kernels import detect_features
 from qcompiler.backends.onnx.load import load_onnx
 from qcompiler.backends.onnx.nodes import low_bit
 from qcompiler.backends.onnx.opening import Names, Opened, constant_bytes, open_big, open_small

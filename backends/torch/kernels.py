@@ -2,35 +2,134 @@
 
 A row stands here because a test runs that kernel, compares its numbers and watches what it allocates. Rows of kernels
 that compute on codes of activations stand in :mod:`qcompiler.backends.torch.kernels_integer`.
+
+What has no row on a CPU, and why:
+  - 2-bit codes: torch has no kernel for them.
+  - 8-bit codes with zero points or in groups: ``_weight_int8pack_mm`` has one scale a row and no zero points; the
+    nearest is ``int8 channel sym``.
+  - ``_dyn_quant_matmul_4bit``: reference code on x86, 30 times slower than ``_weight_int4pack_mm_for_cpu``.
+  - fp8 (``_scaled_mm``, ``onednn.qlinear_pointwise``): slower than dequantizing the weight and multiplying in f32.
+  - Arm: nothing was run there.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
+from qcompiler.backends.chips import CHIPS, SM, detect_features
 from qcompiler.backends.torch.kernels_integer import INTEGER_ROWS
 from qcompiler.errors import InputError
 from qcompiler.target import KernelRow, Reason, Target
 
-CPU_ROWS: tuple[KernelRow, ...] = (*INTEGER_ROWS,)
+INT4PACK, INT8PACK, GATHER = "torch-cpu/int4pack", "torch-cpu/int8pack", "torch-cpu/gather"
 
-SM = (75, 80, 86, 89, 90, 100, 120)
-"""CUDA architectures that a target may name."""
+_MEASURED = "tests/backends/torch/test_kernels.py ran it: numbers, ragged shapes, temporary memory"
+_FLOATS = frozenset({"f32", "f16", "bf16"})
+_ANY = frozenset({"tensor", "channel", "group"})
+_AVX2 = frozenset({"avx2"})
+
+
+def _row(name: str, op: str, codes: str, entry: str, layout: str, **more: Any) -> KernelRow:
+    """A row of a weight-only kernel; ``codes`` are dtype names in one string."""
+    return KernelRow(
+        name,
+        op,
+        codes=frozenset(codes.split()),
+        activations=_FLOATS,
+        entry=f"qcompiler.backends.torch.lower:{entry}",
+        layout=f"qcompiler.backends.torch.layouts:{layout}",
+        evidence=_MEASURED,
+        **more,
+    )
+
+
+def weight_only_rows(width: str) -> tuple[KernelRow, ...]:
+    """The rows of kernels that read float activations, where torch runs its code of the vector width ``width``."""
+    return (
+        _row(
+            INT4PACK,
+            "q.linear",
+            "int4 uint4",
+            "int4pack",
+            f"int4pack_{width}",
+            granularities=_ANY,
+            groups=frozenset({32, 64, 128, 256, 512, 1024}),
+            zeros=frozenset({"none", "int"}),
+            needs=_AVX2,
+            numerics="activations and results in bf16, products and sums in f32; (8 - zero) * scale is rounded to bf16",
+            note=f"packed for {width}: the layout belongs to the vector width, and other widths would misread it",
+        ),
+        _row(
+            INT8PACK,
+            "q.linear",
+            "int8",
+            "int8pack",
+            "int8pack",
+            granularities=frozenset({"tensor", "channel"}),
+            groups=frozenset(),
+            zeros=frozenset({"none"}),
+            needs=_AVX2,
+            numerics="activations and sums in bf16, products summed in f32; the scale is applied in f32 behind that",
+        ),
+        _row(
+            GATHER,
+            "q.embedding",
+            "int4 uint4 int8 uint8",
+            "gather",
+            "table",
+            granularities=_ANY,
+            groups=frozenset({16, 32, 64, 128, 256, 512, 1024}),
+            zeros=frozenset({"none", "int"}),
+            numerics="exact: (code - zero) * scale of the gathered rows only",
+            bias=False,
+            note="plain aten calls; int8 codes are one tensor with those of a tied int8pack layer",
+        ),
+    )
+
+
+def vector_width(features: frozenset[str], environment: Mapping[str, str] = os.environ) -> str:
+    """``avx512``, ``avx2`` or ``default``: the code that torch runs on a chip with ``features``.
+
+    ``ATEN_CPU_CAPABILITY`` holds it down, as it does in torch.
+    """
+    asked = environment.get("ATEN_CPU_CAPABILITY", "").lower()
+    known = ["avx512", "avx2"]
+    if asked in ("avx2", "default"):
+        known = known[1:] if asked == "avx2" else []
+    return next((w for w in known if w in features), "default")
 
 
 def chips(name: str) -> tuple[str, ...]:
     """The architecture words that target ``name`` takes; empty for a target that is not here."""
-    return {"torch-cpu": (), "torch-cuda": tuple(f"sm_{s}" for s in SM)}.get(name, ())
+    return {"torch-cpu": tuple(CHIPS), "torch-cuda": tuple(f"sm_{s}" for s in SM)}.get(name, ())
 
 
 def target(spec: str) -> Target:
-    """``torch-cpu`` (this machine's chip), ``torch-cpu:ARCH``, ``torch-cuda``, ``torch-cuda:sm_XX``."""
+    """``torch-cpu`` (this machine's chip), ``torch-cpu:ARCH``, ``torch-cuda``, ``torch-cuda:sm_XX``.
+
+    Raises InputError that lists the known words.
+    """
     name, _, arch = spec.partition(":")
     if name == "torch-cpu":
-        return Target(name, arch, frozenset(), CPU_ROWS, "aten")
+        return _cpu(spec, arch)
     found = re.fullmatch(r"sm_(\d+)", arch or "sm_80")
-    if name != "torch-cuda" or found is None:
+    if name != "torch-cuda":
         raise InputError(f"no target {spec!r} here; known: torch-cpu, torch-cuda, each with an optional :ARCH")
+    if found is None or int(found[1]) not in SM:
+        known = ", ".join(f"sm_{s}" for s in SM)
+        raise InputError(f"target {spec!r}: no architecture called {arch!r}; known: {known}")
     none = Reason("QC206", "torch-cuda has no kernels yet", "compile for torch-cpu")
     absent = tuple((op, none) for op in ("q.linear", "q.embedding", "q.linear_dyn", "q.linear_static"))
     return Target(name, arch, frozenset({"cuda"}), (), "aten", absent)
+
+
+def _cpu(spec: str, arch: str) -> Target:
+    if arch and arch not in CHIPS:
+        raise InputError(f"target {spec!r}: no chip called {arch!r}; known: {', '.join(CHIPS)}")
+    features = CHIPS[arch] if arch else detect_features()
+    width = vector_width(features, {} if arch else os.environ)
+    rows = (*weight_only_rows("avx512" if width == "avx512" else "avx2"), *INTEGER_ROWS)
+    return Target("torch-cpu", arch, features if width != "default" else features - _AVX2, rows, "aten")

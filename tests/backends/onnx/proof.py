@@ -74,7 +74,7 @@ def table(text: str, n: int, k: int, element: DType = F32, seed: int = 0) -> Tab
     return Table(scheme, rng.integers(d.qmin, d.qmax + 1, (n, k)).astype(d.storage), scale, zero)
 
 
-def _operands(graph: Graph, t: Table) -> list[Any]:
+def operands(graph: Graph, t: Table) -> list[Any]:
     parameters = [graph.add_const("codes", ArrayPayload(t.codes, t.scheme.dtype))]
     parameters.append(graph.add_const("scale", constant(t.scale)))
     if t.zero is not None:
@@ -107,14 +107,14 @@ def add_embedding(graph: Graph, t: Table, parameters: list[Any], lead: Sequence[
 
 def linear(t: Table, lead: Sequence[Any] = ("m",), bias: Array | None = None) -> Graph:
     graph = Graph()
-    add_linear(graph, t, _operands(graph, t), lead, bias)
+    add_linear(graph, t, operands(graph, t), lead, bias)
     check(graph)
     return graph
 
 
 def embedding(t: Table, lead: Sequence[Any] = ("b", "s"), indices: DType = INT64) -> Graph:
     graph = Graph()
-    add_embedding(graph, t, _operands(graph, t), lead, indices)
+    add_embedding(graph, t, operands(graph, t), lead, indices)
     check(graph)
     return graph
 
@@ -122,7 +122,7 @@ def embedding(t: Table, lead: Sequence[Any] = ("b", "s"), indices: DType = INT64
 def tied(t: Table, lead: Sequence[Any] = ("b", "s"), *, head_first: bool = False) -> Graph:
     """One table read by an embedding and by a linear layer."""
     graph = Graph()
-    parameters = _operands(graph, t)
+    parameters = operands(graph, t)
     if head_first:
         add_linear(graph, t, parameters, ("m",))
     add_embedding(graph, t, parameters, lead)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qcompiler.backends.onnx.kernels import detect_features
+from qcompiler.backends.chips import detect_features
 from tests.support import ROOT
 
 QEMU = os.environ.get("QCOMPILER_QEMU") or shutil.which("qemu-x86_64")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from qcompiler.backends.onnx.kernels import CHIPS, detect_features
+from qcompiler.backends.chips import CHIPS, detect_features
 from qcompiler.backends.onnx.kernels_integer import INTEGER_ROWS
 from tests.backends.onnx.test_chips import PLAIN_BLAS, QEMU, needs_qemu
 from tests.support import ROOT

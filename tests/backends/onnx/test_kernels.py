@@ -9,16 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from qcompiler.backends.chips import CHIPS, detect_features, features_of
 from qcompiler.backends.onnx.activations import int8_activations
-from qcompiler.backends.onnx.kernels import (
-    CHIPS,
-    CPU_ROWS,
-    CUDA_ROWS,
-    accuracy_level,
-    detect_features,
-    features_of,
-    target,
-)
+from qcompiler.backends.onnx.kernels import CPU_ROWS, CUDA_ROWS, accuracy_level, target
 from qcompiler.dtypes import BF16, F16, F32, INT32, INT64, Array, DType
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph

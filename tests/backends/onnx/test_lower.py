@@ -7,9 +7,10 @@ import importlib
 import numpy as np
 import pytest
 
+from qcompiler.backends.chips import detect_features
 from qcompiler.backends.onnx.activations import int8_activations
 from qcompiler.backends.onnx.emit import to_model
-from qcompiler.backends.onnx.kernels import CPU_ROWS, detect_features, target
+from qcompiler.backends.onnx.kernels import CPU_ROWS, target
 from qcompiler.backends.onnx.lower import block_size, matmul_nbits
 from qcompiler.dtypes import BOOL, F16, F32, INT8, UINT8, Array
 from qcompiler.errors import InputError
