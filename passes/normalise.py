@@ -8,13 +8,13 @@ from typing import ClassVar
 
 from qcompiler.dtypes import Array
 from qcompiler.functional import make_functional, share_views
-from qcompiler.ir import Graph, Op, Value
+from qcompiler.ir import Graph, Hole, Op, Value
 from qcompiler.payload import Payload, computed
 from qcompiler.pipeline import Context, Pass
 from qcompiler.rewrite import Rewriter, apply_rules, rule
 from qcompiler.shape_values import size_of, sizes
 from qcompiler.spec import is_float_const
-from qcompiler.views import call_args
+from qcompiler.views import call_args, through_transposes
 
 
 @rule("onnx.Identity", "aten.alias.default", "aten.detach.default", "aten.dropout.default")
@@ -110,8 +110,25 @@ def fold_weight_movement(op: Op, rw: Rewriter) -> Value:
     return made
 
 
+@rule("aten.bmm.default")
+def drop_batches(op: Op, rw: Rewriter) -> Value:
+    """bmm(x, expand(w))  ->  matmul(x, w)   for a constant matrix, which torch repeats for inputs with strides"""
+    x, value = op.operand(0), op.operand(1)
+    while value is not None and value.tensor.rank == 3 and value.owner is not None and value.owner.name in _REPEATS:
+        source, sizes_of = value.owner.operand(0), value.tensor.shape or ()
+        if source is None or (source.tensor.shape or ())[-2:] != sizes_of[-2:]:
+            break
+        value = source
+    if x is None or value is None or value.tensor.rank != 2 or not is_float_const(through_transposes(value)[0]):
+        raise rw.declined("it multiplies no repeated matrix", quiet=True)
+    return rw.op("aten.matmul.default", x, value, type=op.result.type, args=(Hole(0), Hole(1)))
+
+
+_REPEATS = frozenset(f"aten.{n}.default" for n in ("expand", "view", "_unsafe_view", "reshape", "unsqueeze", "clone"))
+
 RULES = (
     drop_identity,
+    drop_batches,
     drop_indices,
     drop_double_transpose,
     join_transposes,
