@@ -16,12 +16,11 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from qcompiler.backends.torch import writes
 from qcompiler.backends.torch.archive import open_lazily
 from qcompiler.backends.torch.dims import program_symbols
-from qcompiler.backends.torch.emit import CUSTOM
 from qcompiler.backends.torch.names import op_name, to_atom
 from qcompiler.backends.torch.notes import Notes
 from qcompiler.backends.torch.payload import TorchPayload, element_of, same_storage
 from qcompiler.backends.torch.specs import spec_text
-from qcompiler.backends.torch.stack import source_line
+from qcompiler.backends.torch.stack import loc_of
 from qcompiler.errors import InputError
 from qcompiler.ir import Atom, Attr, Dim, Graph, Hole, Loc, OpaqueType, TensorType, Type, Value
 from qcompiler.payload import ArrayPayload, Payload
@@ -59,7 +58,7 @@ def load(program: ExportedProgram | str | Path) -> Graph:
         notes = Notes.inside(path)
     symbols = {str(s): name for s, name in program_symbols(program, notes.sizes).items()}
     graph = Graph("main", "aten")
-    capture = _Capture(symbols)
+    capture = BodyReader(symbols)
     _declare(graph, capture, program, stored)
     returned = capture.body(program.graph_module, graph)
     _call_convention(graph, program, capture, returned)
@@ -71,7 +70,7 @@ def load(program: ExportedProgram | str | Path) -> Graph:
 # -- inputs and constants ------------------------------------------------------------------------------------
 
 
-def _declare(graph: Graph, capture: _Capture, program: ExportedProgram, stored: Mapping[str, Payload]) -> None:
+def _declare(graph: Graph, capture: BodyReader, program: ExportedProgram, stored: Mapping[str, Payload]) -> None:
     """Inputs, constants and written buffers of ``graph``, and what each placeholder means."""
     nodes = [n for n in program.graph_module.graph.nodes if n.op == "placeholder"]
     written = writes.written_placeholders(program.graph_module)
@@ -95,7 +94,7 @@ def _declare(graph: Graph, capture: _Capture, program: ExportedProgram, stored: 
 
 
 def _declare_one(
-    graph: Graph, capture: _Capture, tied: list[tuple[fx.Node, InputSpec, Payload]], written: bool
+    graph: Graph, capture: BodyReader, tied: list[tuple[fx.Node, InputSpec, Payload]], written: bool
 ) -> None:
     """One value for the placeholders that are one tensor."""
     node, spec, payload = tied[0]
@@ -137,7 +136,7 @@ def _payload(program: ExportedProgram, spec: InputSpec, stored: Mapping[str, Pay
 # -- the calling convention ----------------------------------------------------------------------------------
 
 
-def _call_convention(graph: Graph, program: ExportedProgram, capture: _Capture, returned: Attr) -> None:
+def _call_convention(graph: Graph, program: ExportedProgram, capture: BodyReader, returned: Attr) -> None:
     specs = program.graph_signature.output_specs
     mutations: list[tuple[str, str]] = []
     user: list[Attr] = []
@@ -200,7 +199,7 @@ def _bound(value: Any) -> int | None:
 # -- bodies --------------------------------------------------------------------------------------------------
 
 
-class _Capture:
+class BodyReader:
     """What is known while one program is read: the value of each node, the name of each symbol."""
 
     def __init__(self, symbols: Mapping[str, str]) -> None:
@@ -245,7 +244,7 @@ class _Capture:
         results = self.results(node, picks, graph)
         if picks is not None:
             attrs["unpack"] = True
-        op = graph.create(name, operands, attrs, results, loc=_loc(node, self.named))
+        op = graph.create(name, operands, attrs, results, loc=self.loc(node))
         if effect := writes.effect(node, bool(results)):
             op.meta["effect"] = effect
         for key, body in regions.items():
@@ -306,6 +305,10 @@ class _Capture:
             taken.add(name)
             out.append((name, self.type_of(item)))
         return out
+
+    def loc(self, node: fx.Node) -> Loc:
+        """Where ``node`` comes from; its scope is the qualified name of the module that was called."""
+        return loc_of(node, self.named)
 
     # -- values, types ---------------------------------------------------------------------------------------
 
@@ -381,20 +384,3 @@ def _picked(user: fx.Node, source: fx.Node) -> int | None:
         return None
     index = user.args[1]
     return index if type(index) is int else None
-
-
-def _loc(node: fx.Node, taken: set[str]) -> Loc:
-    stack = node.meta.get("nn_module_stack") or {}
-    scope = next((str(path) for path, _ in reversed(list(stack.values()))), "")
-    if scope.startswith("_empty_nn_module_stack"):
-        scope = ""
-    # The second call of one module is told apart as `path@1`.
-    source = source_line(node.meta.get("stack_trace") or "")
-    name = node.name
-    written = (node.meta.get("custom") or {}).get(CUSTOM)
-    # An export adds nodes of its own behind a node, with the same metadata: the first is the one that was named.
-    if isinstance(written, (list, tuple)) and len(written) == 2 and all(isinstance(w, str) for w in written):
-        if written[0] not in taken:
-            name, source = written
-            taken.add(name)
-    return Loc(name, re.sub(r"@\d+", "", scope), source)

@@ -1,4 +1,4 @@
-"""Where the user wrote it: one short ``file.py:line`` out of a stack trace in text."""
+"""Where a node comes from: its module, and where the user wrote it, one short ``file.py:line`` out of a stack trace."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import re
 from pathlib import Path
 
 import torch
+from torch import fx
+
+from qcompiler.backends.torch.emit import CUSTOM
+from qcompiler.ir import Loc
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _SLASH = re.compile(r"[/\\]")
@@ -22,3 +26,24 @@ def source_line(trace: str) -> str:
         return ""
     path, line = chosen[-1]
     return f"{_SLASH.split(path)[-1]}:{line}"
+
+
+def loc_of(node: fx.Node, taken: set[str]) -> Loc:
+    """The name of ``node``, the qualified name of the module that was called, and the line that called it.
+
+    What the metadata says of a program that was written here goes first; the names it gave are added to ``taken``.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    scope = next((str(path) for path, _ in reversed(list(stack.values()))), "")
+    if scope.startswith("_empty_nn_module_stack"):
+        scope = ""
+    # The second call of one module is told apart as `path@1`.
+    source = source_line(node.meta.get("stack_trace") or "")
+    name = node.name
+    written = (node.meta.get("custom") or {}).get(CUSTOM)
+    # An export adds nodes of its own behind a node, with the same metadata: the first is the one that was named.
+    if isinstance(written, (list, tuple)) and len(written) == 2 and all(isinstance(w, str) for w in written):
+        if written[0] not in taken:
+            name, source = written
+            taken.add(name)
+    return Loc(name, re.sub(r"@\d+", "", scope), source)
