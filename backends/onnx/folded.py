@@ -11,8 +11,9 @@ from qcompiler.dtypes import Array
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.payload import Payload
 from qcompiler.verify.findings import Finding
+from qcompiler.verify.flow import describe
 from qcompiler.verify.op_kinds import LOOKUPS, base_name, is_dequantize, is_product
-from qcompiler.verify.static import FIX_WEIGHT, describe, find_spelled_out
+from qcompiler.verify.static import FIX_WEIGHT, find_spelled_out
 
 SMALL = 4096
 """Elements below which a weight is not looked at."""

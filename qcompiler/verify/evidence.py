@@ -11,16 +11,17 @@ from typing import Any, Literal
 from qcompiler.target import Phase, Target
 from qcompiler.verify.findings import Finding
 
-Verdict = Literal["fused", "dequant", "wrong", "error", "float"]
+Verdict = Literal["fused", "slow", "dequant", "wrong", "error", "float"]
 
 
 @dataclass(frozen=True)
 class NodeEvidence:
     """What the runtime did with one node.
 
-    ``verdict``: *fused* (the weight was never expanded), *dequant* (it was), *wrong* (the numbers differ from the
-    reference), *error* (it did not load or run), *float* (nothing quantized about it). ``facts`` holds the measurements
-    that the verdict rests on: temporary bytes, bytes of the expanded weight, fallback log lines, relative error.
+    ``verdict``: *fused* (the weight was never expanded), *slow* (nor was it, but scalar or reference code runs),
+    *dequant* (it was), *wrong* (the numbers differ from the reference), *error* (it did not load or run), *float*
+    (nothing quantized about it). ``facts`` holds the measurements that the verdict rests on: temporary bytes, bytes of
+    the expanded weight, fallback log lines, relative error.
     """
 
     node: str

@@ -31,7 +31,8 @@ def root_codes(op: Op) -> Value | None:
     if op.name in LOOKUPS:
         return _codebook(op)
     if is_arithmetic(op) and result is not None and result.is_float:
-        found = (low_bit_source(v) for v in op.operands if v is not None and _is_integer(v))
+        size = count(op.results[0])  # what is smaller is a zero point
+        found = (low_bit_source(v) for v in op.operands if v is not None and _is_integer(v) and count(v) == size)
         return next((v for v in found if v is not None), None)
     return None
 
@@ -67,7 +68,7 @@ def low_bit_source(value: Value) -> Value | None:
         element = value.tensor.dtype
         if looked_up:
             return None
-        if value.is_const and element is not None:
+        if value.payload is not None and element is not None:
             narrow = element.bits <= 8 and (element.is_integer or element.is_float)
             return value if narrow or (unpacked and element.is_integer) else None
         op = value.owner
