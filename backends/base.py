@@ -19,6 +19,9 @@ from qcompiler.target import Phase, Target
 from qcompiler.verify.evidence import EvidenceResult
 from qcompiler.verify.findings import Finding
 
+COMPARE_LIMIT = 512 << 20
+"""Bytes of float weights above which the float model is not run beside the artifact."""
+
 
 class Progress(Protocol):
     """Who listens to long work: a new stage, then how far it is."""

@@ -16,7 +16,7 @@ import qcompiler
 from qcompiler import checking, debug
 from qcompiler import recipe as recipes
 from qcompiler.backends import backend_of
-from qcompiler.backends.base import Backend, Captured, Progress, Silent
+from qcompiler.backends.base import COMPARE_LIMIT, Backend, Captured, Progress, Silent
 from qcompiler.calibrate.cache import Cache
 from qcompiler.calibrate.calibrator import Calibrator
 from qcompiler.calibrate.data import Data
@@ -37,8 +37,6 @@ from qcompiler.verify.findings import Finding
 FORMATS = ("fused", "qdq")
 FUSING = frozenset({"fuse-embedding", "fuse-integer", "fuse-linear", "choose-layout"})
 """The passes that choose a kernel; in standard ONNX the runtime does that."""
-COMPARE_LIMIT = 512 << 20
-"""Bytes of float weights above which the float model is not run beside the artifact."""
 
 
 @dataclass

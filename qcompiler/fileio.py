@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -14,6 +15,12 @@ from types import TracebackType
 from typing import Literal
 
 from qcompiler.errors import InputError
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class Staged:

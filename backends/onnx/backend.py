@@ -15,6 +15,7 @@ from qcompiler.backends.onnx.emit import emit_onnx
 from qcompiler.backends.onnx.runtime_types import MEASURED_ON, installed_version, why_not_installed
 from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
+from qcompiler.fileio import sha256_of
 from qcompiler.ir import Graph, Op
 from qcompiler.report.model import Quality
 from qcompiler.sites import Site
@@ -66,7 +67,7 @@ class OrtBackend(Backend):
         return True, f"onnxruntime {version}"
 
     def digest(self, path: Path) -> str:
-        return capturing.sha256_of(path)
+        return sha256_of(path)
 
     def capture(self, source: Any, args: Any, dynamic_shapes: Any, progress: Progress) -> Captured:
         return capturing.captured_from(source, args, dynamic_shapes, progress)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 
 from qcompiler.backends.base import Captured, Progress
 from qcompiler.backends.onnx.load import load_onnx
 from qcompiler.errors import InputError
+from qcompiler.fileio import sha256_of
 from qcompiler.ir import Graph, Loc
 
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+if TYPE_CHECKING:
+    from qcompiler.backends.torch.given import Given
 
 
 def captured_from(source: Any, args: Any, dynamic_shapes: Any, progress: Progress) -> Captured:
@@ -35,33 +32,14 @@ def captured_from(source: Any, args: Any, dynamic_shapes: Any, progress: Progres
         return Captured(source, "graph")
     if isinstance(source, onnx.ModelProto):
         return Captured(load_onnx(source), "onnx")
-    if not isinstance(source, str | Path):
-        return _exported(source, args, dynamic_shapes, "module", "", progress)
-    text = str(source)
-    path = Path(text)
-    if path.suffix == ".onnx" or (path.is_file() and path.suffix not in (".pt2", ".qir")):
+    path = Path(source) if isinstance(source, str | Path) else None
+    if path is not None and (path.suffix == ".onnx" or (path.is_file() and path.suffix not in (".pt2", ".qir"))):
         if not path.is_file():
-            raise InputError(f"there is no file {text}")
-        return Captured(load_onnx(path), "onnx", text, sha256_of(path), path)
-    if path.suffix == ".pt2":
-        if not path.is_file():
-            raise InputError(f"there is no file {text}")
-        return _exported(_program(path), None, None, "pt2", text, progress, sha256_of(path))
-    if path.is_dir():
-        from qcompiler.backends.torch.sources import from_pretrained_dir
+            raise InputError(f"there is no file {source}")
+        return Captured(load_onnx(path), "onnx", str(source), sha256_of(path), path)
+    from qcompiler.backends.torch.given import given
 
-        weights = path / "model.safetensors"
-        digest = sha256_of(weights) if weights.is_file() else ""
-        sample = from_pretrained_dir(path)
-        return _exported(sample.module, sample.args, sample.dynamic_shapes, "directory", text, progress, digest)
-    if ":" in text:
-        from qcompiler.backends.torch.sources import resolve
-
-        sample = resolve(text)
-        return _exported(sample.module, sample.args, sample.dynamic_shapes, "function", text, progress)
-    raise InputError(
-        f"{text!r} is no source: there is no such file or directory, and it is not of the form package.module:function"
-    )
+    return _exported(given(source, args, dynamic_shapes), progress)
 
 
 def tied_again(graph: Graph) -> Graph:
@@ -87,33 +65,19 @@ def tied_again(graph: Graph) -> Graph:
     return graph
 
 
-def _program(path: Path) -> Any:
-    import torch
-
-    try:
-        return torch.export.load(path)
-    except Exception as e:
-        raise InputError(f"{path} is not a readable .pt2 archive of torch.export: {str(e).splitlines()[0]}") from e
-
-
-def _exported(
-    model: Any, args: Any, dynamic_shapes: Any, kind: str, path: str, progress: Progress, sha256: str = ""
-) -> Captured:
+def _exported(found: Given, progress: Progress) -> Captured:
+    from qcompiler.backends.torch.archive import open_program
     from qcompiler.backends.torch.to_onnx import export_onnx
 
+    model = found.model if found.file is None else open_program(found.file)
+    assert model is not None
     progress.stage("torch.export to ONNX")
     folder = Path(tempfile.mkdtemp(prefix="qcompiler-"))
     try:
-        file = export_onnx(model, _tuple(args), dynamic_shapes, folder / "model.onnx", external=True)
-        captured = Captured(tied_again(load_onnx(file)), kind, path, sha256, file)
+        file = export_onnx(model, found.args, found.dynamic_shapes, folder / "model.onnx", external=True)
+        captured = Captured(tied_again(load_onnx(file)), found.kind, found.path, found.sha256, file)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     captured.cleanup.append(lambda: shutil.rmtree(folder, ignore_errors=True))
     return captured
-
-
-def _tuple(args: Any) -> tuple[Any, ...]:
-    if args is None:
-        return ()
-    return tuple(args) if isinstance(args, tuple | list) else (args,)

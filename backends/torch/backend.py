@@ -11,6 +11,7 @@ from typing import Any
 from qcompiler.backends.base import Backend, Captured, Judged, Pair, Progress, Timed, Written
 from qcompiler.backends.torch import kernels
 from qcompiler.dtypes import Array
+from qcompiler.fileio import sha256_of
 from qcompiler.ir import Graph
 from qcompiler.report.model import Quality
 from qcompiler.sites import Site
@@ -41,8 +42,6 @@ class TorchBackend(Backend):
         return True, f"torch {version}"
 
     def digest(self, path: Path) -> str:
-        from qcompiler.backends.torch.program import sha256_of
-
         return sha256_of(path)
 
     def capture(self, source: Any, args: Any, dynamic_shapes: Any, progress: Progress) -> Captured:
