@@ -53,7 +53,7 @@ matrix-%: .venv-torch-%/.installed
 .venv-torch-%/.installed: pyproject.toml constraints.txt
 	'$(PYTHON)' -m venv --clear $(@D)
 	grep -Ev '^(torch|triton|nvidia-|cuda-|setuptools)' constraints.txt >$(@D)/constraints.txt
-	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c $(@D)/constraints.txt setuptools
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c $(@D)/constraints.txt 'setuptools>=77.0.3,<82'
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c $(@D)/constraints.txt --no-build-isolation 'torch==$*' -e '.[$(EXTRAS_dev)]'
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c $(@D)/constraints.txt --no-deps $(NO_DEPS_dev)
 	@touch $@
