@@ -1,14 +1,19 @@
 """W8A8 by qcompiler against onnxruntime.quantization, on the same models and the same calibration samples.
 
-    python benchmarks/w8a8_vs_ort.py [--models mnist minilm] [--samples 64] [--held 200] [--rounds 15]
+    python benchmarks/w8a8_vs_ort.py [--models mnist minilm] [--samples 64] [--held 200] [--rounds 15] [--merge]
 
 Each artifact is made in a process of its own; "peak MiB" is the most private memory (USS) that it and its children had,
 sampled every 10 ms.
 The peers run at their defaults, with their own preprocessing: ``quantize_static`` (QDQ, MinMax) and
 ``quantize_dynamic``. What is counted as a compute op is every convolution and matrix product in the graph that the
 runtime makes of a file; those in integer kernels are its QLinear*, *Integer*, QGemm, MatMulNBits and QAttention nodes.
-Latency: the artifacts of one model run the same held-out samples in turn, sample by sample, in an order that changes;
-the ratio is of medians per sample. The results go to ``benchmarks/results/w8a8_vs_ort.json`` and ``.md``.
+Latency: the artifacts of one model run the same held-out samples in turn, sample by sample, in an order that changes.
+Each is open twice, and all are opened anew :data:`OPENINGS` times, since where a session's memory lies moves its time;
+the "A/A" of a model is the largest ratio between two sessions of one file.
+Ours is called better or worse than the peer in latency where the ratio is beyond the A/A, and in quality where the
+difference keeps its sign in 95 % of the resamples of the held-out samples (paired bootstrap, two-sided); it is equal
+elsewhere. Shares and memory are compared as they are. The results go to ``benchmarks/results/w8a8_vs_ort.json`` and
+``.md``; with ``--merge`` those of the models that were not run stay.
 """
 
 from __future__ import annotations
@@ -49,6 +54,8 @@ FLOAT = {"Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedGemm", "F
 }
 OURS = {"static": "w8a8", "dynamic": "w8a8-dynamic", "smooth": "w8a8-smooth"}
 PEER = {"static": "quantize_static", "dynamic": "quantize_dynamic"}
+OPENINGS = 5
+RESAMPLES = 2000
 
 
 # -- making, in a process of its own ---------------------------------------------------------------------------
@@ -140,20 +147,31 @@ def kernels(path: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def latency(paths: dict[str, Path], feeds: list[dict[str, Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds a sample, the artifacts in turn on each sample."""
-    sessions = {key: session(path) for key, path in paths.items()}
-    times: dict[str, list[float]] = {key: [] for key in paths}
+def latency(paths: dict[str, Path], feeds: list[dict[str, Any]], rounds: int) -> tuple[dict[str, float], float]:
+    """Median milliseconds a sample, the artifacts in turn on each sample; and the A/A ratio, at least 1."""
+    times: dict[tuple[str, int], list[float]] = {(key, twin): [] for key in paths for twin in range(2)}
     rng = random.Random(0)
-    for s in sessions.values():
-        s.run(None, feeds[0])
-    for _ in range(rounds):
-        for feed in feeds[:8]:
-            for key in rng.sample(sorted(sessions), len(sessions)):
-                start = time.perf_counter()
-                sessions[key].run(None, feed)
-                times[key].append(time.perf_counter() - start)
-    return {key: round(statistics.median(t) * 1e3, 4) for key, t in times.items()}
+    for _ in range(OPENINGS):
+        sessions = {key: session(paths[key[0]]) for key in rng.sample(sorted(times), len(times))}
+        for s in sessions.values():
+            s.run(None, feeds[0])
+        for _ in range(-(-rounds // OPENINGS)):
+            for feed in feeds[:8]:
+                for key in rng.sample(sorted(sessions), len(sessions)):
+                    start = time.perf_counter()
+                    sessions[key].run(None, feed)
+                    times[key].append(time.perf_counter() - start)
+    apart = [abs(np.log(statistics.median(times[k, 0]) / statistics.median(times[k, 1]))) for k in paths]
+    found = {k: round(statistics.median(times[k, 0] + times[k, 1]) * 1e3, 4) for k in paths}
+    return found, round(float(np.exp(max(apart))), 4)
+
+
+def interval(real: RealModel, ours: list[float], theirs: list[float]) -> list[float]:
+    """Where the difference in quality lies in 95 % of the resamples of the held-out samples."""
+    a, b, rng = np.array(ours), np.array(theirs), np.random.default_rng(0)
+    picks = rng.integers(0, len(a), (RESAMPLES, len(a)))
+    found = [real.overall(a[p]) - real.overall(b[p]) for p in picks]
+    return [round(float(q), 6) for q in np.percentile(found, [2.5, 97.5])]
 
 
 def measure(real: RealModel, folder: Path, samples: int, held: int, rounds: int) -> dict[str, Any]:
@@ -163,7 +181,7 @@ def measure(real: RealModel, folder: Path, samples: int, held: int, rounds: int)
     floats = session(source)
     reference = [floats.run(None, f) for f in feeds]
     rows: dict[str, dict[str, Any]] = {}
-    paths = {"float": source}
+    paths, scores = {"float": source}, {}
     for tool, kinds in (("ours", OURS), ("ort", PEER)):
         for kind in kinds:
             key, out = f"{tool} {kind}", folder / f"{tool}-{kind}.onnx"
@@ -176,13 +194,19 @@ def measure(real: RealModel, folder: Path, samples: int, held: int, rounds: int)
             except Exception as e:
                 rows[key]["failed"] = f"the runtime: {e}"[:300]
                 continue
-            rows[key]["quality"] = round(real.metric(reference, found, feeds), 5)
+            scores[key] = real.scores(reference, found, feeds)
+            rows[key]["quality"] = round(real.overall(scores[key]), 5)
             paths[key] = out
+    for kind in PEER:
+        if scores.keys() >= {f"ours {kind}", f"ort {kind}"}:
+            rows[f"ours {kind}"]["gain"] = interval(real, scores[f"ours {kind}"], scores[f"ort {kind}"])
     floating = real.metric(reference, reference, feeds)
-    for key, ms in latency(paths, feeds, rounds).items():
+    times, twins = latency(paths, feeds, rounds)
+    for key, ms in times.items():
         rows.setdefault(key, {})["ms"] = ms
     rows["float"]["quality"] = round(floating, 5)
-    return {"model": real.name, "kind": real.kind, "measure": real.measure, "rows": rows}
+    about = {"model": real.name, "kind": real.kind, "measure": real.measure, "held": len(feeds), "aa": twins}
+    return about | {"rows": rows}
 
 
 _open: dict[Path, ort.InferenceSession] = {}
@@ -200,18 +224,18 @@ def session_run(path: Path, feed: dict[str, Any]) -> list[Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | artifact | integer share | left DQ | quality | ms (ratio to float) | peak MiB | MiB |",
+        "| model (held-out, A/A) | artifact | integers | left DQ | quality | ms (ratio to float) | peak MiB | MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        base = r["rows"]["float"]["ms"]
+        base, name = r["rows"]["float"]["ms"], f"{r['model']} ({r['held']}, {r['aa']:.3f})"
         for key, row in r["rows"].items():
             if "failed" in row:
-                lines.append(f"| {r['model']} | {key} | failed: {row['failed'][:90]} | | | | {row['peak_mib']} | |")
+                lines.append(f"| {name} | {key} | failed: {row['failed'][:90]} | | | | {row['peak_mib']} | |")
                 continue
             share = f"{row['integer']}/{row['integer'] + row['float']}" if "integer" in row else ""
             lines.append(
-                f"| {r['model']} | {key} | {share} | {row.get('dequantizes', '')} | {row['quality']} ({r['measure']}) "
+                f"| {name} | {key} | {share} | {row.get('dequantizes', '')} | {row['quality']} ({r['measure']}) "
                 f"| {row['ms']} ({row['ms'] / base:.2f}) | {row.get('peak_mib', '')} | {row.get('mib', '')} |"
             )
     return "\n".join(lines) + "\n\n" + verdict(results)
@@ -221,23 +245,29 @@ def verdict(results: list[dict[str, Any]]) -> str:
     """How often ours is at least equal, and better, on each measure."""
     out = []
     for kind in PEER:
-        for key, sign, slack in (("share", 1, 0.0), ("quality", 1, 0.0), ("ms", -1, 0.0), ("peak_mib", -1, 0.0)):
-            better = equal = worse = 0
-            names = []
+        for key in ("share", "quality", "ms", "peak_mib"):
+            names: dict[int, list[str]] = {1: [], 0: [], -1: []}
             for r in results:
-                a, b = r["rows"].get(f"ours {kind}", {}), r["rows"].get(f"ort {kind}", {})
-                if key not in b or "failed" in b:
-                    better += 1
-                elif key not in a or sign * a[key] < sign * b[key] - slack:
-                    worse += 1
-                    names.append(r["model"])
-                elif a[key] == b[key]:
-                    equal += 1
-                else:
-                    better += 1
-            where = f" (worse: {', '.join(names)})" if names else ""
-            out.append(f"{kind} {key}: better {better}, equal {equal}, worse {worse}{where}")
+                names[against_peer(r, kind, key)].append(r["model"])
+            where = [f" ({word}: {', '.join(names[s])})" for s, word in ((0, "equal"), (-1, "worse")) if names[s]]
+            counts = f"better {len(names[1])}, equal {len(names[0])}, worse {len(names[-1])}"
+            out.append(f"{kind} {key}: {counts}{''.join(where)}")
     return "\n".join(f"- {line}" for line in out) + "\n"
+
+
+def against_peer(result: dict[str, Any], kind: str, key: str) -> int:
+    """1 where ours is better, 0 where the two are equal, -1 where it is worse."""
+    ours, peer = result["rows"].get(f"ours {kind}", {}), result["rows"].get(f"ort {kind}", {})
+    if key not in peer or "failed" in peer:
+        return 1
+    if key not in ours or "failed" in ours:
+        return -1
+    if key == "quality":
+        low, high = ours["gain"]
+        return 1 if low > 0 else -1 if high < 0 else 0
+    gain = float(np.log(ours[key] / peer[key])) * (1 if key == "share" else -1)
+    slack = float(np.log(result["aa"])) if key == "ms" else 0.0
+    return 0 if abs(gain) <= slack else 1 if gain > 0 else -1
 
 
 def main() -> None:
@@ -249,6 +279,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--keep", type=Path, help="a folder for the artifacts")
     parser.add_argument("--dry", action="store_true", help="print only")
+    parser.add_argument("--merge", action="store_true", help="keep the written results of the other models")
     args = parser.parse_args()
     if args.make:
         name, tool, kind, source, out, samples = args.make
@@ -261,6 +292,10 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             results.append(measure(model(name), folder, args.samples, args.held, args.rounds))
             print(table(results[-1:]), flush=True)
+    if args.merge:
+        known = json.loads(RESULTS.with_suffix(".json").read_text())["results"]
+        made = {r["model"]: r for r in (*known, *results)}
+        results = [made[m.name] for m in MODELS if m.name in made]
     text = table(results)
     print(text)
     if not args.dry:

@@ -29,7 +29,8 @@ Outputs = list[NDArray[Any]]
 @dataclass(frozen=True)
 class RealModel:
     """``fetch(folder)`` gives the float .onnx (exported into ``folder`` where there is none); ``calibration(n)`` and
-    ``held(n)`` give at most n feeds; ``metric(name, reference outputs, outputs, feeds)`` is in words ``measure``."""
+    ``held(n)`` give at most n feeds; ``scores(reference outputs, outputs, feeds)`` has one number a sample, and what
+    :meth:`overall` makes of them is in words ``measure``."""
 
     name: str
     kind: str
@@ -37,18 +38,28 @@ class RealModel:
     calibration: Callable[[int], list[Feed]]
     held: Callable[[int], list[Feed]]
     measure: str
-    metric: Callable[[Sequence[Outputs], Sequence[Outputs], Sequence[Feed]], float]
+    scores: Callable[[Sequence[Outputs], Sequence[Outputs], Sequence[Feed]], list[float]]
+
+    def overall(self, scores: Sequence[float] | NDArray[np.float64]) -> float:
+        """The mean; of likelihoods, whose scores are logarithms, the geometric one."""
+        mean = float(np.mean(scores))
+        return float(np.exp(mean)) if self.measure == "likelihood" else mean
+
+    def metric(self, reference: Sequence[Outputs], found: Sequence[Outputs], feeds: Sequence[Feed]) -> float:
+        """All samples in one number."""
+        return self.overall(self.scores(reference, found, feeds))
 
 
-def mean_cosine(reference: Sequence[Outputs], found: Sequence[Outputs], feeds: Sequence[Feed]) -> float:
-    """The mean over samples and outputs of the cosine to the float model's output."""
-    values = []
-    for want, got in zip(reference, found, strict=True):
-        for a, b in zip(want, got, strict=True):
-            x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-            norm = np.linalg.norm(x) * np.linalg.norm(y)
-            values.append(float(x @ y / norm) if norm else float(np.array_equal(x, y)))
-    return float(np.mean(values))
+def cosines(reference: Sequence[Outputs], found: Sequence[Outputs], feeds: Sequence[Feed]) -> list[float]:
+    """The mean over its outputs of the cosine to the float model's output."""
+
+    def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
+        x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+        norm = np.linalg.norm(x) * np.linalg.norm(y)
+        return float(x @ y / norm) if norm else float(np.array_equal(x, y))
+
+    pairs = zip(reference, found, strict=True)
+    return [float(np.mean([cosine(a, b) for a, b in zip(want, got, strict=True)])) for want, got in pairs]
 
 
 def _file(name: str) -> Callable[[Path], Path]:
@@ -75,10 +86,10 @@ def _digit_feeds(start: int) -> Callable[[int], list[Feed]]:
     return feeds
 
 
-def digit_accuracy(reference: Sequence[Outputs], found: Sequence[Outputs], feeds: Sequence[Feed]) -> float:
-    """Share of held-out digits that are named rightly."""
+def digit_accuracy(reference: Sequence[Outputs], found: Sequence[Outputs], feeds: Sequence[Feed]) -> list[float]:
+    """1 for each held-out digit that is named rightly."""
     labels = _digits()[1][1000 : 1000 + len(found)]
-    return float(np.mean([int(out[0].argmax()) == label for out, label in zip(found, labels, strict=True)]))
+    return [float(out[0].argmax() == label) for out, label in zip(found, labels, strict=True)]
 
 
 # -- pictures ------------------------------------------------------------------------------------------------
@@ -134,20 +145,34 @@ def _file_bytes(content: bytes) -> NDArray[np.int32]:
 
 
 @cache
-def _files() -> list[NDArray[np.int32]]:
+def _files() -> list[bytes]:
+    """The distinct contents among the examples: most of them differ in nothing that the model sees."""
     path = data_folder() / "onnx/magika_v3_3/standard_v3_3-inference_examples_by_content.json.gz"
     cases = json.loads(gzip.decompress(path.read_bytes()))
     contents = [base64.b64decode(c["content_base64"]) for c in cases]
-    return [_file_bytes(c) for c in contents if len(c) >= 8]
+    return list({_file_bytes(c).tobytes(): c for c in contents if len(c) >= 8}.values())
 
 
 def _file_feeds(part: int) -> Callable[[int], list[Feed]]:
-    return lambda n: [{"bytes": row} for row in _files()[part::2][:n]]
+    """Every other file, then stretches of the same files: half of each or more."""
+
+    def feeds(n: int) -> list[Feed]:
+        rng, whole = np.random.default_rng(part), _files()[part::2]
+        rows = {row.tobytes(): row for row in map(_file_bytes, whole)}
+        longer = [c for c in whole if len(c) >= 64]
+        while len(rows) < n:
+            content = longer[int(rng.integers(len(longer)))]
+            start, stop = rng.integers(0, len(content) // 4), rng.integers(3 * len(content) // 4, len(content))
+            row = _file_bytes(content[start : stop + 1])
+            rows[row.tobytes()] = row
+        return [{"bytes": row} for row in list(rows.values())[:n]]
+
+    return feeds
 
 
-def top1(reference: Sequence[Outputs], found: Sequence[Outputs], feeds: Sequence[Feed]) -> float:
-    """Share of samples whose most likely class is the float model's."""
-    return float(np.mean([int(a[0].argmax()) == int(b[0].argmax()) for a, b in zip(reference, found, strict=True)]))
+def top1(reference: Sequence[Outputs], found: Sequence[Outputs], feeds: Sequence[Feed]) -> list[float]:
+    """1 where the most likely class is the float model's."""
+    return [float(a[0].argmax() == b[0].argmax()) for a, b in zip(reference, found, strict=True)]
 
 
 def _speech(start: float, stop: float) -> Callable[[int], list[Feed]]:
@@ -262,16 +287,15 @@ def _code_held(n: int) -> list[Feed]:
     return [{"input_ids": stream[i * 256 : (i + 1) * 256][None]} for i in range(n)]
 
 
-def likelihood(reference: Sequence[Outputs], found: Sequence[Outputs], feeds: Sequence[Feed]) -> float:
-    """Mean probability per token, geometric: exp(-nats per token) of the next token."""
-    total, count = 0.0, 0
+def likelihood(reference: Sequence[Outputs], found: Sequence[Outputs], feeds: Sequence[Feed]) -> list[float]:
+    """Mean log probability of the next token; the samples are equally long."""
+    scores = []
     for outputs, feed in zip(found, feeds, strict=True):
         ids = next(iter(feed.values()))[0]
         logits = outputs[0][0, :-1].astype(np.float64)
         logits -= logits.max(-1, keepdims=True)
-        total += float((logits[np.arange(len(ids) - 1), ids[1:]] - np.log(np.exp(logits).sum(-1))).sum())
-        count += len(ids) - 1
-    return float(np.exp(total / count))
+        scores.append(float((logits[np.arange(len(ids) - 1), ids[1:]] - np.log(np.exp(logits).sum(-1))).mean()))
+    return scores
 
 
 _ONNX = "onnx/"
@@ -292,7 +316,7 @@ MODELS: tuple[RealModel, ...] = (
         _super_resolution(0, left=True),
         _super_resolution(1, left=False),
         "cosine",
-        mean_cosine,
+        cosines,
     ),
     RealModel(
         "yunet",
@@ -301,7 +325,7 @@ MODELS: tuple[RealModel, ...] = (
         _faces(0, left=True),
         _faces(1, left=False),
         "cosine",
-        mean_cosine,
+        cosines,
     ),
     RealModel(
         "magika",
@@ -319,7 +343,7 @@ MODELS: tuple[RealModel, ...] = (
         _speech(0, 0.5),
         _speech(0.5, 1),
         "cosine",
-        mean_cosine,
+        cosines,
     ),
     RealModel(
         "bert-toy",
@@ -328,11 +352,9 @@ MODELS: tuple[RealModel, ...] = (
         _toy_ids(0),
         _toy_ids(1),
         "cosine",
-        mean_cosine,
+        cosines,
     ),
-    RealModel(
-        "minilm", "transformer", _exported(_minilm), _sentence_feeds(0), _sentence_feeds(700), "cosine", mean_cosine
-    ),
+    RealModel("minilm", "transformer", _exported(_minilm), _sentence_feeds(0), _sentence_feeds(700), "cosine", cosines),
     RealModel(
         "stories260K", "transformer", _exported(_stories), _story_feeds(0), _story_feeds(1), "likelihood", likelihood
     ),
