@@ -51,11 +51,11 @@ def rest() -> None:
 
 
 class Stopwatch:
-    """One opened model, its inputs by name."""
+    """One opened model, its inputs by the name of their job."""
 
     def __init__(self) -> None:
         self.session: Any = None
-        self.feeds: dict[str, dict[str, Any]] = {}
+        self.feeds: dict[str, Any] = {}
 
     def answer(self, job: dict[str, Any]) -> dict[str, Any]:
         """The answer to one job; what the runtime raises is its text under ``error``."""
@@ -66,12 +66,13 @@ class Stopwatch:
 
     def _done(self, job: dict[str, Any]) -> dict[str, Any]:
         if "open" in job:
-            return self._open(job)
+            before, begin = self.prepared(job), time.perf_counter()
+            self.open(job)
+            return {"before_bytes": before, "load_s": time.perf_counter() - begin}
         if "feed" in job:
-            arrays = read_arrays(job["arrays"])
-            self.feeds[job["feed"]] = dict(zip(job["inputs"], arrays, strict=True))
+            self.feeds[job["feed"]] = self.fed(job, read_arrays(job["arrays"]))
             begin = time.perf_counter()
-            self.session.run(None, self.feeds[job["feed"]])
+            self.run(self.feeds[job["feed"]])
             return {"first_s": time.perf_counter() - begin}
         if "turn" in job:
             seconds = self._turn(self.feeds[job["turn"]], job["untimed"], job["count"])
@@ -82,7 +83,14 @@ class Stopwatch:
             return {}
         return {"peak_bytes": peak_bytes()}
 
-    def _open(self, job: dict[str, Any]) -> dict[str, Any]:
+    def prepared(self, job: dict[str, Any]) -> int:
+        """Load the runtime; peak resident bytes of a process that has it and no model yet."""
+        import onnxruntime  # noqa: F401
+
+        return peak_bytes()
+
+    def open(self, job: dict[str, Any]) -> None:
+        """Open the model of an ``open`` job."""
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -90,18 +98,24 @@ class Stopwatch:
         options.intra_op_num_threads = job["threads"]
         for key, value in job["session"].items():
             options.add_session_config_entry(key, value)
-        before, begin = peak_bytes(), time.perf_counter()
         self.session = ort.InferenceSession(job["open"], options, providers=["CPUExecutionProvider"])
-        return {"before_bytes": before, "load_s": time.perf_counter() - begin}
 
-    def _turn(self, feed: dict[str, Any], untimed: int, count: int) -> list[float]:
+    def fed(self, job: dict[str, Any], arrays: list[Any]) -> Any:
+        """The inputs of a ``feed`` job as :meth:`run` takes them."""
+        return dict(zip(job["inputs"], arrays, strict=True))
+
+    def run(self, feed: Any) -> None:
+        """One run of the model, finished when this returns."""
+        self.session.run(None, feed)
+
+    def _turn(self, feed: Any, untimed: int, count: int) -> list[float]:
         out = []
         gc.collect()
         gc.disable()
         try:
             for i in range(-untimed, count):
                 begin = time.perf_counter()
-                self.session.run(None, feed)
+                self.run(feed)
                 if i >= 0:
                     out.append(time.perf_counter() - begin)
         finally:
@@ -109,15 +123,14 @@ class Stopwatch:
         return out
 
 
-def main() -> None:
-    """Serve jobs until standard input ends."""
+def serve(watch: Stopwatch) -> None:
+    """Answer jobs until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the runtime prints must not mix with the answers
-    watch = Stopwatch()
     for line in sys.stdin:
         answers.write(json.dumps(watch.answer(json.loads(line))) + "\n")
         answers.flush()
 
 
 if __name__ == "__main__":
-    main()
+    serve(Stopwatch())

@@ -2,120 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from qcompiler.backends.base import Case, Timed
 from qcompiler.backends.onnx.judge import session_of
 from qcompiler.backends.onnx.load import load_onnx
-from qcompiler.backends.onnx.probe import write_arrays
-from qcompiler.backends.onnx.worker import ProbeDied, Worker
-from qcompiler.backends.onnx.workload import Size, Workload, weight_bytes_read
-from qcompiler.errors import InputError
+from qcompiler.backends.onnx.workload import Workload, weight_bytes_read
+from qcompiler.backends.workers import WorkerTimed
 from qcompiler.ir import Graph
 from qcompiler.payload import FilePayload
-from qcompiler.target import Phase
-
-DECLINED = 300
-"""Characters of the runtime's own words that a message repeats."""
 
 
-class OrtTimed(Timed):
+class OrtTimed(WorkerTimed):
     """A model opened by :mod:`.stopwatch`, and the cases that it can run."""
+
+    runtime: ClassVar[str] = "ONNX Runtime"
+    module: ClassVar[str] = "qcompiler.backends.onnx.stopwatch"
 
     def __init__(self, path: Path, threads: int, dims: Mapping[str, int], folder: Path) -> None:
         graph = load_onnx(path)
-        self.path, self.folder = path, folder
-        self.work = Workload(graph, dims)
         self.weight_bytes = weight_bytes_read(graph)
         self.file_bytes = sum(p.stat().st_size for p in files_of(path, graph))
-        self.left_out: list[str] = []
-        self.cases: dict[Case, str] = {}
-        self.first_s: dict[Case, float] = {}
-        self.worker = Worker(module="qcompiler.backends.onnx.stopwatch")
-        try:
-            if reason := self.work.refusal():
-                raise InputError(f"{path.name} cannot be timed: {reason}")
-            opened = self._ask({"open": str(path.absolute()), "threads": threads, "session": session_of(graph)})
-            if opened["error"]:
-                raise InputError(f"{path.name} does not load in ONNX Runtime: {_short(opened['error'])}")
-        except BaseException:
-            self.worker.close()
-            raise
-        self.load_s, self.before_bytes = float(opened["load_s"]), int(opened["before_bytes"])
-
-    def prepare(self, phases: Sequence[Phase], batches: Sequence[int], past: int) -> None:
-        work, sizes = self.work, dict[Case, Size]()
-        phased: Sequence[Phase | None] = phases if work.varies_rows else (None,)
-        sized: Sequence[int | None] = batches if work.varies_batch else (None,)
-        if not work.varies_rows and phases:
-            names = ", ".join(f"{p.name}={p.m}" for p in phases)
-            self.left_out.append(f"{names}: no input has a sequence axis that is open, so phases do not apply")
-        if not work.varies_batch and (given := [b for b in batches if b != work.fixed_batch]):
-            text = ", ".join(map(str, given))
-            self.left_out.append(f"batch {text}: the model fixes the batch at {work.fixed_batch}")
-        for phase in phased:
-            for batch in sized:
-                m = phase.m if phase is not None else None
-                kept = past if work.keeps_past else None
-                case = Case(phase.name if phase else None, m, batch or work.fixed_batch, kept, *self._rate(m, batch))
-                sizes[case] = Size(batch or work.fixed_batch, m or 1, past)
-        for case, size in sizes.items():
-            self._load(case, size)
-        if not self.cases:
-            raise InputError(f"{self.path.name} runs with none of the sizes asked for; {'; '.join(self.left_out)}")
-
-    def _load(self, case: Case, size: Size) -> None:
-        try:
-            feed = self.work.feed(size)
-        except InputError as e:
-            self.left_out.append(f"{case.text}: {e}")
-            return
-        arrays, name = self.folder / f"feed{len(self.cases)}.npz", f"case{len(self.cases)}"
-        write_arrays(str(arrays), list(feed.values()))
-        try:
-            answer = self._ask({"feed": name, "inputs": list(feed), "arrays": str(arrays)})
-        finally:
-            arrays.unlink()
-        if answer["error"]:
-            self.left_out.append(f"{case.text}: ONNX Runtime refuses made-up inputs: {_short(answer['error'])}")
-            self._ask({"drop": name})
-            return
-        self.cases[case], self.first_s[case] = name, float(answer["first_s"])
-
-    def _rate(self, m: int | None, batch: int | None) -> tuple[str, int]:
-        """What one run handles, and how many of it."""
-        count, tokens = batch or self.work.fixed_batch, self.work.tokens
-        if m is not None:
-            return ("tokens" if tokens is not None else "rows"), count * m
-        length = None if tokens is None or tokens.tensor.shape is None else tokens.tensor.shape[1]
-        return ("tokens", count * length) if isinstance(length, int) else ("samples", count)
-
-    def turn(self, case: Case, untimed: int, count: int) -> list[float]:
-        answer = self._ask({"turn": self.cases[case], "untimed": untimed, "count": count})
-        if answer["error"]:
-            raise InputError(f"{self.path.name} failed while it was timed: {_short(answer['error'])}")
-        return [float(s) for s in answer["seconds"]]
-
-    def peak_bytes(self) -> int:
-        return int(self._ask({"memory": True})["peak_bytes"])
-
-    def close(self) -> None:
-        self.worker.close()
-
-    def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return self.worker.ask(job)
-        except ProbeDied as e:
-            raise InputError(f"{self.path.name} cannot be timed: {e}") from None
+        super().__init__(path, Workload(graph, dims), folder, {"threads": threads, "session": session_of(graph)})
 
 
 def files_of(path: Path, graph: Graph) -> set[Path]:
     """The file of a model and those that hold its weights."""
     payloads = [v.payload for g in graph.graphs() for v in g.consts.values()]
     return {path.absolute()} | {p.path.absolute() for p in payloads if isinstance(p, FilePayload)}
-
-
-def _short(text: str) -> str:
-    return " ".join(text.split())[:DECLINED]

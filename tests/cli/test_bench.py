@@ -157,7 +157,7 @@ def test_what_cannot_be_timed(tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("gone.onnx", {}, "there is no file"),
         ("bad.onnx", {}, "not a readable ONNX model"),
-        ("a.pt2", {}, "no target here makes .pt2 files"),
+        ("a.pt2", {}, "a.pt2 is not a .pt2 archive of torch.export"),
         ("op.onnx", {}, "op.onnx does not load in ONNX Runtime: .*NoSuchOp"),
         ("type.onnx", {}, "no values are made up for the input 'x'"),
         ("a.onnx", {"rounds": 2, "seconds": 1.0}, "give one"),

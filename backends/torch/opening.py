@@ -1,0 +1,23 @@
+"""Open a ``.pt2`` file to run it, with what is known of its inputs and results beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qcompiler.backends.torch import aot
+from qcompiler.backends.torch.archive import open_program
+from qcompiler.backends.torch.calling import Opened
+from qcompiler.backends.torch.capture import load
+from qcompiler.backends.torch.quiet import one_sentence
+
+
+def opened(path: Path) -> Opened:
+    """The program in the file at ``path``, its weights in memory; AOTInductor's code of it where the file holds that.
+
+    Raises InputError. A program is read once: its graph and its module share the weights.
+    """
+    if aot.inside(path):
+        return Opened(load(path), aot.opened(path))
+    program = open_program(path)
+    with one_sentence(f"cannot make a module of {path.name}"):
+        return Opened(load(program), program.module())
