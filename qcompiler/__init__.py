@@ -2,12 +2,15 @@
 
 ``compile``, ``verify``, ``plan`` and the errors are loaded when they are first asked for, so importing this costs
 milliseconds and loads neither torch nor onnx. ``qcompiler.verify`` is also a package (``qcompiler.verify.findings``);
-it is one object that can be called and imported from.
+it is one object that can be called and imported from. The torch operators that artifacts call are registered as soon
+as torch is there (:mod:`qcompiler.operators`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from qcompiler.operators import wait_for_torch
 
 if TYPE_CHECKING:
     from qcompiler.api import Artifact, compile, plan, verify
@@ -74,3 +77,6 @@ def _load(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+wait_for_torch()

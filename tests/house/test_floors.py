@@ -21,6 +21,7 @@ FLOORS: dict[str, int] = {
     "qcompiler.errors": 0,
     "qcompiler.fileio": 1,
     "qcompiler.ir": 0,
+    "qcompiler.operators": 0,
     "qcompiler.reader": 0,
     "qcompiler.payload": 0,
     "qcompiler.scheme": 0,
