@@ -184,6 +184,10 @@ class Backend(ABC):
     """A runtime that a target belongs to."""
 
     suffix: str
+    emission: tuple[str, ...]
+    """The options that :meth:`emit` takes."""
+    opened: str
+    """What an opened artifact is called: the attribute of :class:`qcompiler.Artifact` that holds it."""
 
     @abstractmethod
     def target(self, spec: str) -> Target:
@@ -221,7 +225,8 @@ class Backend(ABC):
     def emit(self, graph: Graph, path: Path, options: Mapping[str, Any], progress: Progress) -> Written:
         """Write the artifact at ``path``, streaming; whatever lies beside it belongs to it.
 
-        ``options``: ``external`` puts the weights into a file beside it, or forbids that; by size when absent.
+        ``options``: ``external`` puts the weights into a file beside it, or forbids that; by size when absent. ``aot``
+        adds what AOTInductor compiles.
         """
 
     @abstractmethod

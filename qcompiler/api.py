@@ -36,19 +36,31 @@ class Artifact:
     path: Path
     report: Report
     target: Target
-    _session: Any = field(default=None, repr=False)
+    _open: Any = field(default=None, repr=False)
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     @property
     def session(self) -> Any:
-        """The artifact opened in its runtime (an onnxruntime.InferenceSession), opened at first use."""
-        if self._session is None:
-            self._session = backend_of(self.target.name).open(self.path, self.target)
-        return self._session
+        """The artifact of an ORT target opened in its runtime (an onnxruntime.InferenceSession), at first use."""
+        return self._opened("session")
+
+    @property
+    def module(self) -> Any:
+        """The artifact of a torch target as a module to be called like the model, loaded at first use."""
+        return self._opened("module")
+
+    def _opened(self, name: str | None = None) -> Any:
+        backend = backend_of(self.target.name)
+        if name not in (None, backend.opened):
+            raise InputError(f"an artifact for {self.target} has no .{name}; what opens it is .{backend.opened}")
+        if self._open is None:
+            self._open = backend.open(self.path, self.target)
+        return self._open
 
     def __call__(self, *inputs: Any) -> list[Any]:
-        """Outputs for positional ``inputs`` (arrays or tensors), in the order of the model's inputs."""
-        return backend_of(self.target.name).call(self.session, inputs)
+        """Outputs for positional ``inputs`` (arrays or tensors), in the order of the model's inputs: arrays from ORT,
+        tensors from torch."""
+        return backend_of(self.target.name).call(self._opened(), inputs)
 
     def save(self, path: str | Path) -> Path:
         """Copy the artifact, what lies beside it and its report to ``path``."""
@@ -87,10 +99,11 @@ def compile(
     ``calibration`` is the data that recipes measure activations on: the path of an .npz, .npy, .jsonl or .txt file,
     ``package.module:function``, a mapping of arrays by input (first axis = samples), an iterable of input dicts, or a
     function that returns either.
-    ``settings`` maps ``pass.key`` to a value (``emit.external`` = true puts the weights beside the model,
-    ``emit.format`` = qdq writes QuantizeLinear and DequantizeLinear in the place of fused nodes), ``skip`` adds site
-    globs, ``max_ram`` bounds private memory in bytes. ``check`` runs the graph before and after each pass, on the
-    calibration data or on made-up inputs, and rejects with QC303 at the first pass that breaks its promise.
+    ``settings`` maps ``pass.key`` to a value (``emit.external`` = true puts the weights beside an ONNX model,
+    ``emit.format`` = qdq writes QuantizeLinear and DequantizeLinear in the place of fused nodes, ``emit.aot`` = true
+    adds AOTInductor's code to a .pt2 file), ``skip`` adds site globs, ``max_ram`` bounds private memory in bytes.
+    ``check`` runs the graph before and after each pass, on the calibration data or on made-up inputs, and rejects with
+    QC303 at the first pass that breaks its promise.
     Raises InputError, RecipeError or CalibrationError for a request that cannot be met and RejectedError, which carries
     the report, when the verifier refuses the result.
     """
@@ -98,6 +111,7 @@ def compile(
     passes, emission = driver.split_settings(settings or {})
     chosen = driver.for_format(recipes.adjusted(recipes.load(recipe), passes, skip), emission)
     job = driver.start(target, chosen, phases, progress)
+    driver.refuse_emission(job.backend, emission)
     job.emission, job.check = emission, check
     folder = None if out is not None else tempfile.TemporaryDirectory(prefix="qcompiler-")
     path = Path(out) if out is not None else Path(folder.name) / f"model{job.backend.suffix}"  # type: ignore[union-attr]
@@ -133,7 +147,7 @@ def verify(
     progress = progress or Silent()
     chosen, seen = backend.target(target), tuple(phases or PHASES)
     path = Path(source) if isinstance(source, str | Path) else None
-    kind, digest = "onnx", ""
+    kind, digest = backend.suffix[1:], ""
     with ExitStack() as cleanup:
         if path is None or path.suffix != backend.suffix:
             captured = backend.capture(source, args, dynamic_shapes, progress)
@@ -183,6 +197,7 @@ def plan(
             "read the verdict"
         )
     job = driver.start(target, recipes.adjusted(recipes.load(recipe), passes, skip), phases, progress)
+    driver.refuse_emission(job.backend, emission)
     job.ctx.calibration = Planned()
     captured = driver.capture(job, source, args, dynamic_shapes)
     try:
@@ -206,9 +221,10 @@ class Inspection:
         return {"ops": sum(1 for _ in self.graph.walk()), "report": self.report.to_json()}
 
 
-def inspect(path: str | Path, *, target: str = "ort-cpu") -> Inspection:
-    """The graph of a file, its sites, sizes and kernels; nothing is run."""
+def inspect(path: str | Path, *, target: str | None = None) -> Inspection:
+    """The graph of a file, its sites, sizes and kernels; nothing is run. ``target``: by default that of such files."""
     path = Path(path)
+    target = target or ("torch-cpu" if path.suffix == ".pt2" else "ort-cpu")
     if path.suffix == ".qir":
         return Inspection(read_qir(path), Report(target=target, source=Source("qir", str(path))))
     captured = backend_of(target).capture(path, None, None, Silent())

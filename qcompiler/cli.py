@@ -103,7 +103,7 @@ def compile_command(
 @app.command(short_help="Judge any quantized model.")
 @command
 def verify(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="An .onnx file, of any origin; it is never changed.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="An .onnx or .pt2 file, whoever made it.")],
     target: TargetOpt = "ort-cpu",
     phase: PhaseOpt = [],  # noqa: B006
     no_run: Annotated[bool, typer.Option("--no-run", help="Judge the graph alone; do not open it.")] = False,
@@ -163,9 +163,11 @@ def plan(
 @app.command(short_help="Show a graph and its sites.")
 @command
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="An .onnx file or a .qir text.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="An .onnx or .pt2 file, or a .qir text.")],
     text: Annotated[bool, typer.Option("--text", help="Print the graph as text.")] = False,
-    target: TargetOpt = "ort-cpu",
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", metavar="T", help="By default the CPU target of such files.")
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="OUT.html", help="Write one page that needs nothing but itself.")
     ] = None,

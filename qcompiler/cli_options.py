@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 SourceArg = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="An .onnx file, a model directory, or package.module:function.")
+    str, typer.Argument(metavar="SOURCE", help="An .onnx or .pt2 file, a model directory, or package.module:function.")
 ]
 TargetOpt = Annotated[str, typer.Option("--target", "-t", metavar="T", help="NAME or NAME:ARCH; see 'targets'.")]
 RecipeOpt = Annotated[

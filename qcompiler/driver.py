@@ -22,7 +22,7 @@ from qcompiler.calibrate.calibrator import Calibrator
 from qcompiler.calibrate.data import Data
 from qcompiler.checking import CheckedPass, CheckFailed, CheckHook
 from qcompiler.comparing import Feed
-from qcompiler.errors import BadWeights, RecipeError, RejectedError
+from qcompiler.errors import BadWeights, InputError, RecipeError, RejectedError
 from qcompiler.fileio import Staged
 from qcompiler.ir import Graph
 from qcompiler.passes.lower_qdq import FORETOLD
@@ -35,6 +35,8 @@ from qcompiler.verify.evidence import EvidenceResult
 from qcompiler.verify.findings import Finding
 
 FORMATS = ("fused", "qdq")
+EMISSION = ("external", "format", "aot")
+"""Options of the emission: weights in a file beside the artifact; standard ONNX; AOTInductor's code inside."""
 FUSING = frozenset({"fuse-embedding", "fuse-integer", "fuse-linear", "choose-layout"})
 """The passes that choose a kernel; in standard ONNX the runtime does that."""
 
@@ -72,7 +74,7 @@ def start(target: str, recipe: Recipe, phases: Sequence[Phase] | None, progress:
 
 
 def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of passes, and of the emission (``emit.external``, ``emit.format``); raises RecipeError for others."""
+    """Settings of passes, and of the emission (:data:`EMISSION`); raises RecipeError for others."""
     passes: dict[str, Any] = {}
     emission: dict[str, Any] = {}
     for path, value in settings.items():
@@ -83,13 +85,21 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
             if value not in FORMATS:
                 raise RecipeError(f"emit.format is {' or '.join(FORMATS)}, not {value!r}")
             emission[key] = value
-        elif key != "external":
-            raise RecipeError(f"the emission has no option {key!r}; it takes external and format")
+        elif key not in EMISSION:
+            raise RecipeError(f"the emission has no option {key!r}; it takes {', '.join(EMISSION)}")
         elif value not in (True, False, "true", "false"):
-            raise RecipeError(f"emit.external is true or false, not {value!r}")
+            raise RecipeError(f"emit.{key} is true or false, not {value!r}")
         else:
             emission[key] = value in (True, "true")
     return passes, emission
+
+
+def refuse_emission(backend: Backend, emission: Mapping[str, Any]) -> None:
+    """InputError for an option of the emission that artifacts of this kind do not have."""
+    for key in emission:
+        if key not in backend.emission:
+            has = ", ".join(f"emit.{k}" for k in backend.emission)
+            raise InputError(f"emit.{key} is not for {backend.suffix} artifacts; they take {has}")
 
 
 def for_format(recipe: Recipe, emission: Mapping[str, Any]) -> Recipe:

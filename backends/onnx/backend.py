@@ -50,6 +50,8 @@ class OrtBackend(Backend):
     """Captures to ONNX graphs, lowers to contrib ops, shows evidence from ONNX Runtime's CPU provider."""
 
     suffix = ".onnx"
+    emission = ("external", "format")
+    opened = "session"
 
     def target(self, spec: str) -> Target:
         return kernels.target(spec)

@@ -12,7 +12,7 @@ from qcompiler.backends.base import Backend, Captured, Judged, Pair, Progress, T
 from qcompiler.backends.torch import kernels
 from qcompiler.dtypes import Array
 from qcompiler.fileio import sha256_of
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, Op
 from qcompiler.report.model import Quality
 from qcompiler.sites import Site
 from qcompiler.subgraph import Run
@@ -25,6 +25,8 @@ class TorchBackend(Backend):
     """Captures to aten graphs, lowers to torch's low-bit ops, shows evidence from the profiler."""
 
     suffix = ".pt2"
+    emission = ("aot",)
+    opened = "module"
 
     def target(self, spec: str) -> Target:
         return kernels.target(spec)
@@ -89,9 +91,14 @@ class TorchBackend(Backend):
         return runnable(graph, taps)
 
     def made_up(self, graph: Graph, seed: int) -> Iterator[Mapping[str, Array]]:
-        from qcompiler.backends.torch.feeds import made_up
+        from qcompiler.backends.torch.workload import guesses
 
-        return made_up(graph, seed)
+        return guesses(graph, seed)
+
+    def kernel_error(self, op: Op, operands: Sequence[Array | None]) -> Array | float:
+        from qcompiler.backends.torch.kernel_error import error_of
+
+        return error_of(op, operands)
 
     def versions(self) -> dict[str, str]:
         found = {}

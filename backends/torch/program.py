@@ -117,8 +117,6 @@ def write(graph: Graph, path: Path, options: Mapping[str, Any], progress: Progre
     too. Raises InputError for a graph that torch cannot export, and BadWeights when a constant that is computed now
     holds NaN or infinity.
     """
-    if options.get("external"):
-        raise InputError("emit.external is for ONNX artifacts; a .pt2 file holds its weights")
     _refuse_foreign(graph)
     if options.get("aot"):
         aot.require_compiler()

@@ -1,0 +1,51 @@
+"""How far torch's low-bit CPU kernels may be from the reference semantics of the op that they were chosen for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qcompiler.dtypes import Array
+from qcompiler.ir import Op
+
+BF16 = 2.0**-9
+"""Relative error of one rounding to bf16."""
+_ROUNDED = 4
+"""Roundings to bf16 on the way of a product: the activation, the weight, the sum; and one for the sums in f32."""
+
+
+def error_of(op: Op, operands: Sequence[Array | None]) -> Array | float:
+    """The bound for a call of a kernel on these operands, absolute; 0 for other ops.
+
+    int4: ``w = (q - 8) s + z`` is at most ``8 |s| + |z|``. int8: codes are at most 128, and what is multiplied behind
+    the kernel counts. Both kernels take activations rounded to bf16, multiply in bf16, and sum in f32.
+    """
+    if op.name == "aten._weight_int4pack_mm_for_cpu.default":
+        x, _, both = (None if a is None else np.abs(a.astype(np.float64)) for a in operands[:3])
+        if x is None or both is None:
+            return 0.0
+        groups = x.reshape(len(x), len(both), -1).sum(-1)
+        bound: Array = _ROUNDED * BF16 * groups @ (8 * both[..., 0] + both[..., 1])
+        return bound
+    if op.name == "aten._weight_int8pack_mm.default":
+        x, _, inside = (None if a is None else np.abs(a.astype(np.float64)) for a in operands[:3])
+        if x is None or inside is None:
+            return 0.0
+        bound = _ROUNDED * BF16 * 128 * x.sum(-1, keepdims=True) * inside * _behind(op)
+        return bound
+    return 0.0
+
+
+def _behind(op: Op) -> Array | float:
+    """The scales that the result of a kernel is multiplied with, through views and casts."""
+    value = op.results[0]
+    while len(value.users) == 1:
+        (user,) = value.users
+        scale = user.operand(1) if user.name == "aten.mul.Tensor" else None
+        if scale is not None and scale.is_const and scale.payload is not None:
+            return np.abs(scale.payload.array().astype(np.float64))
+        if not user.results or user.operand(0) is not value:
+            break
+        value = user.results[0]
+    return 1.0
