@@ -37,7 +37,8 @@ class Calibration(Protocol):
 class Context:
     """What passes share: the target they compile for, the sites and findings so far, and why rules did not fire.
 
-    ``notes`` are lines for the report that are no findings.
+    ``notes`` are lines for the report that are no findings. ``partial``: the graph is a part of a model, so a glob that
+    matches nothing in it, or nothing to quantize, is no error of the recipe.
     """
 
     target: Target | None = None
@@ -49,6 +50,7 @@ class Context:
     progress: Callable[[str], None] = lambda text: None
     calibration: Calibration | None = None
     notes: list[str] = field(default_factory=list)
+    partial: bool = False
 
     def need_target(self, who: str) -> Target:
         """The target; raises Error when a pass that must know it runs without one."""
