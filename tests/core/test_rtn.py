@@ -158,9 +158,16 @@ def test_sums_of_errors_are_the_same_bits_however_the_rows_are_cut(text: str, ax
 
 @pytest.mark.parametrize(("k", "n", "block"), [(256, 64, 32), (200, 48, 64), (512, 96, 128)])
 def test_asymmetric_4_bits_agree_with_onnx_runtime(k: int, n: int, block: int) -> None:
-    """ORT's packer has the same law in float32: scales within one unit in the last place, and a code or zero point
-    differs by one only where the quotient is within 1e-4 of a tie (it multiplies with the reciprocal)."""
+    """ORT's packer has the same law in float32, but for the 8 significant bits of a scale, so each group's range is 15
+    times such a scale. Then scales agree within one unit in the last place, and a code or zero point differs by one
+    only where the quotient is within 1e-4 of a tie (it multiplies with the reciprocal)."""
     w = RNG.standard_normal((k, n)).astype(np.float32)
+    steps = RNG.uniform(0.1, 0.5, (-(-k // block), n)).astype(BF16.storage).astype(np.float32)
+    lows = -steps * (2 * RNG.integers(80, 160, steps.shape) + 1).astype(np.float32) / 32  # no tie is at an end
+    for group, (low, step) in enumerate(zip(lows, steps, strict=True)):
+        part = w[group * block : (group + 1) * block]
+        np.clip(part, low, low + 15 * step, out=part)
+        part[0], part[-1] = low, low + 15 * step
     found = quantize_weight(w, scheme_of(f"uint4 g{block} asym", 0), transpose=True)
     groups = -(-k // block)
     packed = np.zeros((n, groups, block // 2), np.uint8)

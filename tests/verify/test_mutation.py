@@ -42,7 +42,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     artifacts = {}
     for bits, recipe in ((4, "w4a16"), (8, "w8a16")):
         artifacts[bits] = folder / f"{recipe}.onnx"
-        qcompiler.compile(folder / "float.onnx", target="ort-cpu", recipe=recipe, out=artifacts[bits])
+        # Groups with zero points, so that there is more to break.
+        settings = {"insert-qdq.weights": f"int{bits} g128 asym"}
+        qcompiler.compile(
+            folder / "float.onnx", target="ort-cpu", recipe=recipe, settings=settings, out=artifacts[bits]
+        )
     with Worker() as worker:
         yield Bench(artifacts, worker, folder)
 
