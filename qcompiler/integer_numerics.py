@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from qcompiler.clipping import Floats, affine_params
+from qcompiler.clipping import Floats, affine_params, work_dtype
 from qcompiler.dtypes import F32, F64, Array, DType, dtype_of
 from qcompiler.errors import BadWeights, InputError
 from qcompiler.integer_spec import FUNCTIONS
@@ -24,8 +24,9 @@ Dequantize = Callable[[Array, Array, Array | None, Scheme, DType], Array]
 
 
 def dynamic_params(x: Array, scheme: Scheme) -> tuple[Array, Array | None]:
-    """Scale (dtype of ``x``) and zero point of a dynamic scheme: ``[]`` per tensor, ``[.., 1]`` per token.
+    """Scale and zero point of a dynamic scheme: ``[]`` per tensor, ``[.., 1]`` per token.
 
+    The scale is f32 for f32, f16 and bf16 activations, whose codes are computed in f32, and f64 for f64.
     The law is :func:`qcompiler.clipping.affine_params` of the minimum and maximum of what shares the parameters.
     Raises BadWeights for NaN or infinity.
     """
@@ -39,7 +40,7 @@ def dynamic_params(x: Array, scheme: Scheme) -> tuple[Array, Array | None]:
         axis, keep = (-1, True) if token else (None, False)
         lo = np.asarray(x.min(axis=axis, keepdims=keep), np.float64)
         hi = np.asarray(x.max(axis=axis, keepdims=keep), np.float64)
-    return affine_params(lo, hi, scheme, dtype_of(x.dtype))
+    return affine_params(lo, hi, scheme, dtype_of(work_dtype(dtype_of(x.dtype))))
 
 
 # -- windows -------------------------------------------------------------------------------------------------

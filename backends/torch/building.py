@@ -93,7 +93,7 @@ class Builder:
         several = isinstance(type, Sequence)
         types = list(type) if isinstance(type, Sequence) else [type]
         hint = f"{self.op.results[0].name}_{suffix or 'q'}"
-        results = [(self.op.graph.fresh(hint), t) for t in types]
+        results = [(self.op.graph.fresh(f"{hint}_{i}" if several else hint), t) for i, t in enumerate(types)]
         if several:
             attrs["unpack"] = True
         label = f"{self.label}.{suffix}" if suffix else self.label

@@ -1,7 +1,112 @@
-"""Rows of torch's CPU kernels that compute on codes of activations."""
+"""torch's CPU kernels that compute on codes of activations (W8A8), as rows.
+
+Both products are oneDNN's, for uint8 activations and int8 weights. What decides, measured on torch 2.13
+(tests/backends/torch/test_kernels_integer.py, tests/backends/torch/test_ops.py):
+
+  - Without VNNI the products saturate in 16 bits, by AVX2 and AVX-512 alike: the rows need it.
+  - int8 activations run in oneDNN's reference code, 270 times slower. So they have no row; uint8 ones with zero point
+    128 hold the same numbers.
+  - Any M, N and K from 1, bf16 results and ragged shapes are exact: sums in int32, rounded once from f32.
+  - The first call at a new M makes a kernel: 0.5 to 9 ms, once. The weight is packed at the first call, and the packed
+    copy stays beside the plain one: twice the bytes of the codes.
+
+What has no row, and why:
+  - activations scaled per token: the kernels take one scale and one zero point for all rows.
+  - weights with zero points: the kernels drop them.
+  - products of two activations, and functions on codes (``q.matmul``, ``q.apply``): torch has no such kernels.
+  - fp8 activations: oneDNN's reference code, 90 times slower than f32.
+"""
 
 from __future__ import annotations
 
-from qcompiler.target import KernelRow
+from typing import Any
 
-INTEGER_ROWS: tuple[KernelRow, ...] = ()
+from qcompiler.requests import BATCHED, SHARED
+from qcompiler.target import KernelRow, Reason
+
+_ENTRY = "qcompiler.backends.torch.lower_integer:"
+QLINEAR, QCONV = "torch-cpu/qlinear.u8s8", "torch-cpu/qconv.u8s8"
+
+_MEASURED = "tests/backends/torch/test_kernels_integer.py ran it: numbers, ragged shapes, temporary memory"
+_FLOATS = frozenset({"f32", "bf16", "f16"})
+_EXACT = "products summed in int32, exact; scaled and biased in f32"
+_NOTE = "the weight is packed at the first call, and the packed copy stays beside the plain one"
+
+
+def _product(op: str, name: str, entry: str, **more: Any) -> KernelRow:
+    """A row of a kernel that multiplies uint8 activations by int8 weights."""
+    return KernelRow(
+        name,
+        op,
+        codes=frozenset({"int8"}),
+        granularities=frozenset({"tensor", "channel"}),
+        groups=frozenset(),
+        zeros=frozenset({"none"}),
+        activations=_FLOATS,
+        entry=_ENTRY + entry,
+        layout="",
+        evidence=_MEASURED,
+        needs=frozenset({"x86_64", "vnni"}),
+        note=_NOTE,
+        x_codes=frozenset({"uint8"}),
+        **more,
+    )
+
+
+def _static(op: str, name: str, entry: str, **more: Any) -> KernelRow:
+    numerics = f"{_EXACT}; a code of a result may be off by one at a tie"
+    return _product(op, name, entry, y_codes=frozenset({"float", "uint8"}), numerics=numerics, **more)
+
+
+def _dynamic(op: str, name: str, entry: str, **more: Any) -> KernelRow:
+    return _product(op, name, entry, dynamic=True, x_zeros=frozenset({"int"}), numerics=_EXACT, **more)
+
+
+def _edge(op: str, name: str, entry: str, codes: str, numerics: str, **more: Any) -> KernelRow:
+    """Where floats become codes and codes floats, and the rescale between floats."""
+    fields: dict[str, Any] = {"zeros": frozenset({"none", "int"}), "activations": _FLOATS}
+    return KernelRow(
+        f"torch-cpu/{name}",
+        op,
+        codes=frozenset(codes.split()),
+        granularities=frozenset({"tensor"}),
+        groups=frozenset(),
+        entry=_ENTRY + entry,
+        layout="",
+        evidence=_MEASURED,
+        bias=False,
+        numerics=numerics,
+        **(fields | more),
+    )
+
+
+INTEGER_ROWS: tuple[KernelRow, ...] = (
+    _dynamic("q.linear_dyn", QLINEAR, "linear_dyn", traits=frozenset({BATCHED, SHARED})),
+    _static("q.linear_static", QLINEAR, "linear_static", traits=frozenset({BATCHED})),
+    _dynamic("q.conv_dyn", QCONV, "conv_dyn"),
+    _static("q.conv", QCONV, "conv_static"),
+    _edge("q.quantize", "quantize", "quantize", "uint8", "divided in f32, rounded to even, saturated", dynamic=True),
+    _edge("q.dequantize", "dequantize", "dequantize", "uint8 int8", "(code - zero) * scale in f32", dynamic=True),
+    _edge(
+        "q.choose_qparams",
+        "quantize_dynamic",
+        "choose_qparams",
+        "uint8",
+        "by the range widened to hold 0, in f64; the scale rounded once to f32",
+        dynamic=True,
+        zeros=frozenset({"int"}),
+    ),
+    _edge("q.scale", "mul", "scale", "int8", "one rounding a product"),
+)
+"""Rows of torch-cpu."""
+
+
+def _none(what: str) -> Reason:
+    return Reason("QC201", f"torch has no CPU kernel for {what}", "leave it in float, or compile for ort-cpu")
+
+
+CPU_ABSENT: tuple[tuple[str, Reason], ...] = (
+    ("q.matmul", _none("products of two activations in codes")),
+    ("q.apply", _none("functions computed on codes")),
+)
+"""Why torch-cpu has no row for these ops."""
