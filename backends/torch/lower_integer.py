@@ -7,6 +7,7 @@ call. An activation that several sites quantize at run time is quantized once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +23,9 @@ from qcompiler.ir import Op, TensorType, Value
 from qcompiler.payload import constant
 from qcompiler.target import Choice
 
-_KEY = ("qcompiler.quantize_dynamic",)
-"""Of the calls that a value keeps for all that quantize it."""
+_DYNAMIC = "qcompiler.quantize_dynamic.default"
+_MADE = "torch.dynamic"
+"""Key in the ``meta`` of a call of it that was made here."""
 
 
 def linear_dyn(op: Op, choice: Choice) -> Value:
@@ -67,15 +69,30 @@ def conv_static(op: Op, choice: Choice) -> Value:
 # -- activations ---------------------------------------------------------------------------------------------
 
 
-def dynamic_codes(b: Builder, x: Value) -> tuple[Value, ...]:
-    """uint8 codes of ``x``, their scale (f32) and zero point (uint8), computed once for all that ask."""
+def dynamic_codes(b: Builder, x: Value) -> Sequence[Value]:
+    """uint8 codes of ``x``, their scale (f32) and zero point (uint8): of a call that is there, or made."""
+    for user in x.users:
+        if user.name == _DYNAMIC and _reaches(user, b.op):
+            return user.results
+    types = [TensorType(UINT8, x.tensor.shape), TensorType(F32, ()), TensorType(UINT8, ())]
+    made: Sequence[Value] = b.call(_DYNAMIC, x, type=types, suffix="quantize")
+    assert made[0].owner is not None
+    made[0].owner.meta[_MADE] = True
+    return made
 
-    def make() -> Sequence[Value]:
-        types = [TensorType(UINT8, x.tensor.shape), TensorType(F32, ()), TensorType(UINT8, ())]
-        made: Sequence[Value] = b.call("qcompiler.quantize_dynamic.default", x, type=types, suffix="quantize")
-        return made
 
-    return b.shared(x, _KEY, make)
+def _reaches(maker: Op, reader: Op) -> bool:
+    """``maker`` stands before ``reader``, in its graph or in an enclosing one.
+
+    What was made here stands before the first op that asked for it, and ops ask in their order.
+    """
+    while reader.graph is not maker.graph:
+        if reader.graph.parent is None:
+            return False
+        reader = reader.graph.parent
+    if maker.meta.get(_MADE):
+        return True
+    return any(op is reader for op in itertools.dropwhile(lambda op: op is not maker, maker.graph))
 
 
 def _static_codes(b: Builder) -> tuple[Value, Value, Value]:
