@@ -230,11 +230,16 @@ def _centred(both: Value | None) -> bool:
 def _cut(op: Op, rows: int) -> int:
     """The columns of the result that are used: all users cut the padding off."""
     ends = set()
-    for user in op.results[0].users:
+    for user in _computing(op.results[0]):
         cut = argument(user, 1) in (1, -1) and argument(user, 2) in (0, None)
         ends.add(argument(user, 3) if user.name == "aten.slice.Tensor" and cut else None)
     end = ends.pop() if len(ends) == 1 else None
     return end if isinstance(end, int) and 0 < end < rows else rows
+
+
+def _computing(value: Value) -> list[Op]:
+    """The ops that compute with ``value``; one without results only checks."""
+    return [op for op in value.users if op.results]
 
 
 def _unpadded(x: Value | None, columns: int) -> int:
@@ -257,9 +262,10 @@ def _factors_behind(node: LowBit) -> list[Value]:
         return []
     value, out = node.op.results[0], []
     for _ in range(6):
-        if len(value.users) != 1:
+        users = _computing(value)
+        if len(users) != 1:
             break
-        user = value.users[0]
+        user = users[0]
         others = [v for v in user.operands if v is not None and v is not value]
         if user.name == "aten.mul.Tensor" and len(others) == 1 and others[0].is_const:
             out.append(others[0])

@@ -1,0 +1,106 @@
+"""What a low-bit call should compute, in float64, from the codes that the program stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from qcompiler.backends.torch import layouts
+from qcompiler.backends.torch.conditions import WIDTH
+from qcompiler.backends.torch.nodes import INT4, INT8, LowBit, argument
+from qcompiler.dtypes import Array
+from qcompiler.ir import Value
+
+ROWS = 512
+"""Output features that are compared, from the first: a whole number of blocks of every layout."""
+ACTIVATIONS = 64
+"""Rows of the activation that are compared."""
+WRONG = 0.02
+"""Relative root mean square error of wrong numbers. Rounding weights, sums and results to bf16 gives 2^-9 each, which
+is 0.6 % together; codes of another layout give 100 %."""
+
+
+class Reference:
+    """References for the calls of one program; ``metadata`` says for which vector width its int4 weights are packed."""
+
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        self.width = metadata.get(WIDTH) or _here()
+
+    def relative_error(self, node: LowBit, known: Mapping[Value, Any], result: Any) -> float | None:
+        """Root mean square of the difference over that of the reference; None where there is no reference."""
+        if not isinstance(result, torch.Tensor) or not result.numel() or not node.rows:
+            return None
+        if node.call == INT4:
+            weight = self._int4(node, known)
+        elif node.call == INT8:
+            weight = self._int8(node, known)
+        elif node.call == "qcompiler.qlinear":
+            return _integer(node, known, result)
+        else:
+            return None
+        x = known.get(node.x) if node.x is not None else None
+        if weight is None or not isinstance(x, torch.Tensor):
+            return None
+        wide = x.reshape(-1, x.shape[-1])[:ACTIVATIONS].double().numpy()
+        wanted = wide @ weight.T
+        return _relative(wanted, result.reshape(-1, result.shape[-1])[:ACTIVATIONS, : len(weight)])
+
+    def _int4(self, node: LowBit, known: Mapping[Value, Any]) -> Array | None:
+        packed, both, group = _tensor(node.codes, known), _tensor(node.scales, known), argument(node.op, 2)
+        if packed is None or both is None or not isinstance(group, int) or self.width not in layouts.ROWS:
+            return None
+        rows = min(ROWS, packed.shape[0])
+        codes = layouts.int4unpack(packed[:rows].contiguous().numpy(), self.width).astype(np.float64) - layouts.MIDDLE
+        scale, offset = (both[:, :rows, i].double().numpy().T for i in (0, 1))
+        weight: Array = codes * np.repeat(scale, group, axis=1) + np.repeat(offset, group, axis=1)
+        return weight
+
+    def _int8(self, node: LowBit, known: Mapping[Value, Any]) -> Array | None:
+        codes, scales = _tensor(node.codes, known), _tensor(node.scales, known)
+        if codes is None or scales is None:
+            return None
+        weight: Array = codes[:ROWS].double().numpy() * scales[:ROWS].double().numpy()[:, None]
+        return weight
+
+
+def _here() -> str:
+    return str(torch.backends.cpu.get_cpu_capability()).lower()
+
+
+def _tensor(value: Value | None, known: Mapping[Value, Any]) -> torch.Tensor | None:
+    found = None if value is None else known.get(value)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def _integer(node: LowBit, known: Mapping[Value, Any], result: torch.Tensor) -> float | None:
+    """``qcompiler::qlinear``: codes times codes, scaled, biased, and quantized again where it gives codes."""
+
+    def given(index: int) -> Any:
+        found = argument(node.op, index)
+        return known.get(found) if isinstance(found, Value) else found
+
+    x, x_scale, x_zero, weight, w_scale, bias = (given(i) for i in range(6))
+    if not all(isinstance(t, torch.Tensor) for t in (x, x_scale, x_zero, weight, w_scale)):
+        return None
+    rows = weight[:ROWS]
+    wide = (x.reshape(-1, x.shape[-1])[:ACTIVATIONS].double() - x_zero.double()) * x_scale.double()
+    wanted = wide @ rows.double().T * w_scale.reshape(-1)[:ROWS].double()
+    if isinstance(bias, torch.Tensor):
+        wanted = wanted + bias[:ROWS].double()
+    got = result.reshape(-1, result.shape[-1])[:ACTIVATIONS, : len(rows)]
+    if got.dtype == torch.uint8:
+        y_scale, y_zero = given(6), given(7)
+        wanted = torch.clamp(torch.round(wanted / y_scale) + y_zero, 0, 255)
+    return _relative(wanted.numpy(), got)
+
+
+def _relative(wanted: Array, got: torch.Tensor) -> float | None:
+    size = float(np.sqrt(np.mean(np.square(wanted)))) if wanted.size else 0.0
+    if not np.isfinite(size) or size == 0.0:
+        return None
+    with np.errstate(invalid="ignore", over="ignore"):
+        off = float(np.sqrt(np.mean(np.square(got.double().numpy() - wanted)))) / size
+    return off if np.isfinite(off) else 1e300
