@@ -12,6 +12,7 @@ from qcompiler.ir import Graph, Op, Value
 from qcompiler.pipeline import Context, Pass
 from qcompiler.requests import REQUESTABLE, request_of
 from qcompiler.rewrite import erase_dead, take_name
+from qcompiler.speeds import ACTIVATION
 from qcompiler.target import Choice, Request, Target
 from qcompiler.verify.findings import Finding
 
@@ -60,9 +61,11 @@ class ChooseLayout(Pass):
                 if not name:
                     _refuse(op, target, ctx)
                 continue
+            element = asked(op).activation.name
             _replace(op, entry_point(choice)(op, choice))
             if site is not None:
                 site.status, site.kernel = "fused", choice.kernels()
+                site.stats[ACTIVATION] = element
 
     def _choose(self, op: Op, target: Target, ctx: Context) -> Choice | None:
         request = asked(op)

@@ -117,8 +117,18 @@ def kernel_parts(rows: Sequence[KernelRow], width: int) -> list[RenderableType]:
     for r in rows:
         session = "".join(f"; needs the session key {key}={value}" for key, value in r.session)
         note = f"; {r.note}" if r.note else ""
-        parts.append(Text(f"\n{r.name}: {r.numerics}{note}{session}\n    evidence: {r.evidence}"))
+        slow = "".join(f"\n    slower than the float op: {line}" for line in slower_lines(r))
+        parts.append(Text(f"\n{r.name}: {r.numerics}{note}{session}{slow}\n    evidence: {r.evidence}"))
     return parts
+
+
+def slower_lines(row: KernelRow) -> list[str]:
+    """Where a fused kernel is slower than the float op, one line an activation: its share of that op's speed."""
+    lines = []
+    for name in dict.fromkeys(name for name, _, _ in row.slower):
+        shares = [(m, f"{share:.2g}" if share < 1 else "as fast") for n, m, share in row.slower if n == name]
+        lines.append(f"{name} activations, share of its speed: {', '.join(f'{s} from M={m}' for m, s in shares)}")
+    return lines
 
 
 def _kernel_cells(row: KernelRow) -> tuple[str, ...]:

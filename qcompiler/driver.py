@@ -30,6 +30,7 @@ from qcompiler.pipeline import Context, Hook, Pass, PassFailed, run
 from qcompiler.recipe import Recipe
 from qcompiler.report.model import ArtifactInfo, Quality, RecipeInfo, Report, Source, Timing
 from qcompiler.scheme import Scheme
+from qcompiler.speeds import slower_notes
 from qcompiler.target import PHASES, Phase, Target
 from qcompiler.verify.evidence import EvidenceResult
 from qcompiler.verify.findings import Finding
@@ -257,6 +258,8 @@ def peak_rss() -> int:
 
 def report(job: Job, captured: Captured) -> Report:
     """The report as things stand."""
+    slow = slower_notes(job.ctx.ledger, job.target, job.phases)
+    notes = (*job.notes, *job.ctx.notes, *slow, *checking.told(job.checks))
     return Report(
         target=str(job.target),
         source=Source(captured.kind, captured.path, captured.sha256),
@@ -274,7 +277,7 @@ def report(job: Job, captured: Captured) -> Report:
         quality=job.quality,
         artifact=job.artifact,
         versions=job.backend.versions(),
-        notes=(*job.notes, *job.ctx.notes, *checking.told(job.checks)),
+        notes=notes,
         checks=tuple(job.checks),
     )
 

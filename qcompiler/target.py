@@ -70,7 +70,7 @@ class KernelRow:
     ``dynamic`` kernels choose the activation's parameters themselves. ``one_zero``: one zero point serves all channels.
     ``fns``: the functions of a ``q.apply``; ``traits``: what it does beyond the plain case; ``opset``: the oldest that
     has its node. ``slower``: (activation, M, share): from M rows on it reaches that share of the speed of the float op
-    on the same activation, up to the M of the next entry.
+    on the same activation, up to the M of the next entry; 1 or more is not slower.
     """
 
     name: str
@@ -108,7 +108,8 @@ class KernelRow:
         None where it is not, as far as was measured.
         """
         known = [(least, ratio) for name, least, ratio in self.slower if name == activation and m >= least]
-        return max(known)[1] if known else None
+        share = max(known)[1] if known else 1.0
+        return share if share < 1 else None
 
     def why_not(self, request: Request, features: frozenset[str], m: int | None = None) -> list[Reason]:
         """Every reason why this row does not serve ``request`` at M rows; empty when it does."""
@@ -140,7 +141,8 @@ class KernelRow:
         if request.bias and not self.bias:
             out.append(Reason("QC203", f"{self.name} has no bias input", "keep the bias as an Add of its own"))
         if missing := sorted(self.needs - features):
-            fix = "name a chip that has them, for example ort-cpu:avx2"
+            chip = missing[-1] if missing[-1].startswith("sm_") else "avx2" if missing == ["avx2"] else "avx512vnni"
+            fix = f"name a chip that has them, for example {self.name.partition('/')[0]}:{chip}"
             out.append(Reason("QC206", f"{self.name} needs {', '.join(missing)}, which this chip lacks", fix))
         if m is not None and self.m_max is not None and m > self.m_max:
             message = f"{self.name} expands the whole weight above M={self.m_max}; this phase has M={m}"

@@ -31,6 +31,32 @@ _FLOATS = frozenset({"f32", "f16", "bf16"})
 _ANY = frozenset({"tensor", "channel", "group"})
 _AVX2 = frozenset({"avx2"})
 
+Speeds = tuple[tuple[str, int, float], ...]
+
+
+def _speeds(**shares: str) -> Speeds:
+    """``activation="M:share ..."`` as the rows keep it."""
+    pairs = ((name, entry.split(":")) for name, text in shares.items() for entry in text.split())
+    return tuple((name, int(m), float(share)) for name, (m, share) in pairs)
+
+
+_TABLES = _speeds(f32="1:0.44 16:0.81 64:1 512:0.77", bf16="1:0.42 16:0.5 64:0.55", f16="1:0.39 64:0.32")
+SLOWER: dict[tuple[str, str], Speeds] = {
+    (INT4PACK, "avx512"): _speeds(bf16="16:0.73 32:0.56 64:0.47 512:0.41"),
+    (INT4PACK, "avx2"): _speeds(f32="512:0.64", bf16="1:0.85 4:1", f16="1:0.77 4:1"),
+    (INT8PACK, "avx512"): _speeds(
+        f32="64:0.98 128:0.9 512:0.62", bf16="8:0.72 16:0.49 32:0.37 64:0.31 512:0.26", f16="1:0.89 4:1"
+    ),
+    (INT8PACK, "avx2"): _speeds(f32="64:0.81 512:0.5", bf16="1:0.93 4:1", f16="1:0.81 4:1"),
+    (GATHER, "avx512"): _TABLES,
+    (GATHER, "avx2"): _TABLES,
+}
+"""Speed as a share of the float op on activations of the same type, from M rows on, where it falls below 1 somewhere.
+
+Measured on torch 2.13, one thread, K=2048 and N=8192 with groups of 128 (int8 tables of 32000 rows), a chip with
+AVX-512, and the same chip held down to AVX2. ``F.linear`` in f16 is slow above M=1.
+"""
+
 
 def _row(name: str, op: str, codes: str, entry: str, layout: str, **more: Any) -> KernelRow:
     """A row of a weight-only kernel; ``codes`` are dtype names in one string."""
@@ -61,6 +87,7 @@ def weight_only_rows(width: str) -> tuple[KernelRow, ...]:
             needs=_AVX2,
             numerics="activations and results in bf16, products and sums in f32; (8 - zero) * scale is rounded to bf16",
             note=f"packed for {width}: the layout belongs to the vector width, and other widths would misread it",
+            slower=SLOWER[INT4PACK, width],
         ),
         _row(
             INT8PACK,
@@ -73,6 +100,7 @@ def weight_only_rows(width: str) -> tuple[KernelRow, ...]:
             zeros=frozenset({"none"}),
             needs=_AVX2,
             numerics="activations and sums in bf16, products summed in f32; the scale is applied in f32 behind that",
+            slower=SLOWER[INT8PACK, width],
         ),
         _row(
             GATHER,
@@ -85,7 +113,9 @@ def weight_only_rows(width: str) -> tuple[KernelRow, ...]:
             zeros=frozenset({"none", "int"}),
             numerics="exact: (code - zero) * scale of the gathered rows only",
             bias=False,
-            note="plain aten calls; int8 codes are one tensor with those of a tied int8pack layer",
+            note="plain aten calls, 15 us at M=1, thrice that for 4-bit codes; int8 codes are one tensor with those of a "
+            "tied int8pack layer",
+            slower=SLOWER[GATHER, width],
         ),
     )
 

@@ -40,6 +40,7 @@ FLOORS: dict[str, int] = {
     "qcompiler.op_spec": 1,
     "qcompiler.integer_spec": 1,
     "qcompiler.target": 1,
+    "qcompiler.speeds": 1,
     "qcompiler.requests": 1,
     "qcompiler.movement": 1,
     "qcompiler.functional": 1,

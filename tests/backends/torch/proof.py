@@ -1,4 +1,4 @@
-"""Small quantized aten graphs, run by torch after choose-layout. Tables and their values are those of the ONNX proofs."""
+"""Small quantized aten graphs, run by torch after choose-layout. Tables are those of the ONNX proofs."""
 
 from __future__ import annotations
 
