@@ -113,8 +113,8 @@ def weight_only_rows(width: str) -> tuple[KernelRow, ...]:
             zeros=frozenset({"none", "int"}),
             numerics="exact: (code - zero) * scale of the gathered rows only",
             bias=False,
-            note="plain aten calls, 15 us at M=1, thrice that for 4-bit codes; int8 codes are one tensor with those of a "
-            "tied int8pack layer",
+            note="plain aten calls, 15 us at M=1, thrice that for 4-bit codes; int8 codes are one tensor with those of "
+            "a tied int8pack layer",
             slower=SLOWER[GATHER, width],
         ),
     )
