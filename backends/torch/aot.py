@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from qcompiler.backends.torch.archive import open_program
+from qcompiler.backends.torch.archive import CODE, open_program
 from qcompiler.backends.torch.quiet import one_sentence, sentence_of
 from qcompiler.errors import InputError
 
-_FOLDER = "data/aotinductor/"
 _CHUNK = 8 << 20
 
 
@@ -43,7 +42,7 @@ def add(path: Path) -> None:
             root = out.namelist()[0].partition("/")[0]
             for info in source.infolist():
                 name = info.filename.partition("/")[2]
-                if name.startswith(_FOLDER):
+                if name.startswith(CODE):
                     _copy(source, info, out, f"{root}/{name}")
 
 
@@ -53,14 +52,6 @@ def _copy(source: zipfile.ZipFile, info: zipfile.ZipInfo, out: zipfile.ZipFile, 
     with source.open(info) as read, out.open(made, "w", force_zip64=info.file_size >= 1 << 31) as written:
         while piece := read.read(_CHUNK):
             written.write(piece)
-
-
-def inside(path: Path) -> bool:
-    """Whether the archive at ``path`` holds code of AOTInductor."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(f"/{_FOLDER}" in n for n in archive.namelist())
 
 
 def opened(path: Path) -> Callable[..., Any]:

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from qcompiler.backends.torch.payload import FROM_TORCH
+from qcompiler.backends.torch.payload import FROM_TORCH, tensor_of
 from qcompiler.backends.torch.quiet import quietly, sentence_of
 from qcompiler.dtypes import DType
 from qcompiler.errors import InputError
 from qcompiler.payload import FilePayload, Payload
 
+CODE = "data/aotinductor/"
+"""The folder of what AOTInductor compiled."""
 _PICKLES = (".pt", ".pkl", ".pickle")
 _QUOTED = re.compile(r"'[\w.+\-]*'")
 _WORD = re.compile(r"[A-Za-z_]\w*(?=\s*\()")
@@ -38,7 +40,23 @@ def open_program(path: Path) -> ExportedProgram:
     run code.
     """
     _check(path)
-    return _load(path, path)
+    if not holds_code(path):
+        return _load(path, path)
+    # torch would load the code too, which nobody asked for.
+    program, stored = open_lazily(path)
+    for name, payload in stored.items():
+        tensor = tensor_of(payload).clone()
+        is_parameter = isinstance(program.state_dict[name], torch.nn.Parameter)
+        program.state_dict[name] = torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+    return program
+
+
+def holds_code(path: Path) -> bool:
+    """Whether the archive at ``path`` holds machine code that AOTInductor made."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(f"/{CODE}" in n for n in archive.namelist())
 
 
 def open_lazily(path: Path) -> tuple[ExportedProgram, dict[str, Payload]]:
@@ -51,11 +69,13 @@ def open_lazily(path: Path) -> tuple[ExportedProgram, dict[str, Payload]]:
     with zipfile.ZipFile(path) as archive:
         slim = _Slim(path, archive)
         data = slim.rewritten()
-    if slim.payloads:
+    if slim.payloads or slim.code:
         try:
             return _load(path, io.BytesIO(data)), slim.payloads
         except InputError:
-            pass  # whatever is wrong, the whole file says it better; or it is the empty records
+            if slim.code:
+                raise
+            # Whatever is wrong, the whole file says it better; or it is the empty records.
     return _load(path, path), {}
 
 
@@ -85,6 +105,10 @@ def _check(path: Path) -> None:
             names = archive.namelist()
             if not any(n.endswith(".json") for n in names):
                 raise InputError(f"{path.name} is not a .pt2 archive of torch.export")
+            if any(f"/{CODE}" in n for n in names) and not any("/models/" in n for n in names):
+                raise InputError(
+                    f"{path.name} holds code of AOTInductor without the program that it was made from; give that"
+                )
             pickled = [n for n in names if n.endswith(_PICKLES)]
             for config in (n for n in names if n.endswith(("_weights_config.json", "_constants_config.json"))):
                 pickled += _pickled_by(config, archive, path)
@@ -153,12 +177,16 @@ class _Slim:
         self.path, self.archive = path, archive
         self.payloads: dict[str, Payload] = {}
         self.empty: set[str] = set()
+        self.code = False
 
     def rewritten(self) -> bytes:
         configs = {n: self._config(n) for n in self.archive.namelist() if n.endswith("_weights_config.json")}
         out = io.BytesIO()
         with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as slim:
             for info in self.archive.infolist():
+                if f"/{CODE}" in info.filename:
+                    self.code = True
+                    continue
                 if info.filename in self.empty:
                     data: bytes = b""
                 elif info.filename in configs:

@@ -38,7 +38,7 @@ _MUTATIONS = {
 }
 
 
-def load(program: ExportedProgram | str | Path) -> Graph:
+def load(program: ExportedProgram | str | Path, notes: Notes | None = None) -> Graph:
     """The graph of ``program``, or of the ``.pt2`` file at a path, whose weights then stay in the file.
 
     Each call is one op named ``namespace.op.overload`` whose attributes ``args`` and ``kwargs`` are the
@@ -48,14 +48,15 @@ def load(program: ExportedProgram | str | Path) -> Graph:
     that the program writes to is an input with that value as its default. An op with ``effect`` in its
     ``meta`` does more than compute its results. ``graph.meta`` holds the calling convention: ``in_spec``,
     ``out_spec``, ``arg_names``, ``returns`` (the output with holes), ``mutations`` (what trailing outputs
-    are written back to), ``ranges`` of the symbolic sizes and the file's ``metadata``. Raises InputError, in
-    one sentence, for what cannot be carried.
+    are written back to), ``ranges`` of the symbolic sizes and the file's ``metadata``. ``notes`` are those of
+    the file that a program was read from. Raises InputError, in one sentence, for what cannot be carried.
     """
-    stored, notes = dict[str, Payload](), Notes()
+    stored: Mapping[str, Payload] = {}
     if not isinstance(program, ExportedProgram):
         path = Path(program)
         program, stored = open_lazily(path)
         notes = Notes.inside(path)
+    notes = notes or Notes()
     symbols = {str(s): name for s, name in program_symbols(program, notes.sizes).items()}
     graph = Graph("main", "aten")
     capture = BodyReader(symbols)

@@ -33,7 +33,9 @@ def example_of(graph: Graph) -> Example:
     """Arguments of zeros for ``graph``, symbolic sizes kept open; raises InputError for an input of another kind."""
     inputs = [v for v in graph.inputs if v.payload is None]
     sizes = _sizes(graph, inputs)
-    dims = {name: Dim(name, min=low, max=high) for name, low, high in _ranges(graph, sizes)}
+    dims = {
+        name: Dim(name, min=low, max=high) for name, low, high in _ranges(graph, sizes) if low is None or low != high
+    }
     leaves, shapes = [], []
     for value in inputs:
         leaf, shape = _leaf(value, sizes, dims)
@@ -94,8 +96,10 @@ def _sizes(graph: Graph, inputs: Sequence[Value]) -> dict[str, int]:
 
 
 def _ranges(graph: Graph, sizes: Mapping[str, int]) -> list[tuple[str, int | None, int | None]]:
+    """``(name, smallest, largest)`` of what is left open: a size with one value is none."""
     known = {name: (low, high) for name, low, high in graph.meta.get("ranges", ())}
-    return [(name, *known.get(name, (None, None))) for name in sizes]
+    found = [(name, *known.get(name, (None, None))) for name in sizes]
+    return [(name, low, high) for name, low, high in found if low is None or low != high]
 
 
 def _size(text: str, sizes: Mapping[str, int], value: Value) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from qcompiler.backends.torch import aot
-from qcompiler.backends.torch.archive import open_program
+from qcompiler.backends.torch.archive import holds_code, open_program
 from qcompiler.backends.torch.calling import Opened
 from qcompiler.backends.torch.capture import load
+from qcompiler.backends.torch.notes import Notes
 from qcompiler.backends.torch.quiet import one_sentence
 
 
@@ -16,8 +17,8 @@ def opened(path: Path) -> Opened:
 
     Raises InputError. A program is read once: its graph and its module share the weights.
     """
-    if aot.inside(path):
+    if holds_code(path):
         return Opened(load(path), aot.opened(path))
     program = open_program(path)
     with one_sentence(f"cannot make a module of {path.name}"):
-        return Opened(load(program), program.module())
+        return Opened(load(program, Notes.inside(path)), program.module())

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from qcompiler.backends.base import COMPARE_LIMIT, Captured, Progress, Written
 from qcompiler.backends.torch import aot
-from qcompiler.backends.torch.archive import open_program
+from qcompiler.backends.torch.archive import holds_code, open_program
 from qcompiler.backends.torch.capture import load
 from qcompiler.backends.torch.emit import to_graph_module
 from qcompiler.backends.torch.examples import example_of
@@ -158,10 +158,10 @@ def open_module(path: Path) -> Callable[..., Any]:
     With AOTInductor's code inside it is that code; else ``torch.export.load(path).module()``, whose arguments are
     checked before each call.
     """
-    if aot.inside(path):
+    if holds_code(path):
         return aot.opened(path)
     program = open_program(path)
-    graph = load(program)
+    graph = load(program, Notes.inside(path))
     with one_sentence(f"cannot make a module of {path.name}"):
         module = program.module()
     if "in_spec" in graph.meta:
