@@ -1,0 +1,98 @@
+"""``torch.compile(model, backend="qcompiler", options={...})``: quantized when the model is first called.
+
+Dynamo finds this through the entry point group ``torch_dynamo_backends``; nothing has to be imported. Its graphs go
+through AOTAutograd's inference road to the same passes as everything else, and what comes out runs under inductor or
+eagerly. See :mod:`qcompiler.backends.torch.jit_options` for the options.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import ShortenTraceback
+
+from qcompiler.backends.torch import jit_release
+from qcompiler.backends.torch.jit_compile import Order, compile_graph, compile_untouched
+from qcompiler.backends.torch.jit_growing import marked
+from qcompiler.backends.torch.jit_names import Names, name_placeholders, owners_in_training
+from qcompiler.backends.torch.jit_options import Options, read_options
+from qcompiler.errors import Error, InputError
+
+
+def jit_backend(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile dynamo's graph ``module``; what :class:`qcompiler.Error` says reaches the caller as it is."""
+    try:
+        return _compiled(module, example_inputs, read_options(options, mode))
+    except ShortenTraceback:
+        raise
+    except Error as e:
+        raise _passing(e) from e.__cause__
+    finally:
+        jit_release.veil()
+
+
+def _compiled(module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    names = name_placeholders(module, example_inputs)
+    _check_inference(names, example_inputs)
+    target = options.target or _target(example_inputs)
+
+    def compile_aot(aot: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        order = Order(aot, names, options, target)
+        if not any(h.tensor.is_floating_point() and h.tensor.ndim > 1 for h in names.held.values()):
+            return compile_untouched(order, examples)
+        return marked(compile_graph(order, examples), aot, names)
+
+    def training(aot: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        raise InputError(f"{_ONLY}, and this graph needs gradients; run it under torch.no_grad()")
+
+    # Without gradients AOT takes its inference road, whatever the caller's mode: its runtime turns them off as well.
+    with torch.no_grad():
+        backend = aot_autograd(
+            fw_compiler=training, inference_compiler=compile_aot, keep_inference_input_mutations=True
+        )
+        compiled: Callable[..., Any] = backend(module, example_inputs)
+    return compiled
+
+
+_ONLY = "backend='qcompiler' compiles for inference"
+
+
+def _check_inference(names: Names, example_inputs: Sequence[Any]) -> None:
+    if training := owners_in_training(names):
+        raise InputError(f"{_ONLY}, and the module of {training[0]!r} is in training mode; call model.eval() first")
+    if not torch.is_grad_enabled():
+        return
+    for i, value in enumerate(example_inputs):
+        if isinstance(value, torch.Tensor) and value.requires_grad and i not in names.held:
+            name = names.inputs.get(i, str(i))
+            raise InputError(
+                f"{_ONLY}, and its input {name!r} needs gradients; detach it, or run the model under torch.no_grad()"
+            )
+
+
+def _target(example_inputs: Sequence[Any]) -> str:
+    on_cuda = any(isinstance(v, torch.Tensor) and v.is_cuda for v in example_inputs)
+    return "torch-cuda" if on_cuda else "torch-cpu"
+
+
+def _passing(error: Error) -> Error:
+    """``error`` as an exception that dynamo hands to the caller as it is, without its own frames around it."""
+    kind = type(error)
+    cls = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
+    made = cls.__new__(cls, *error.args)
+    made.__dict__.update(error.__dict__)
+    made.args = error.args
+    made.first_useful_frame = inspect.currentframe().f_back  # type: ignore[union-attr]
+    found: Error = made
+    return found

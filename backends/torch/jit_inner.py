@@ -1,0 +1,69 @@
+"""What runs a graph after its weights were packed: inductor, or torch's own operators one by one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcompiler.errors import InputError
+
+Runner = Callable[[list[Any]], Sequence[Any]]
+"""Takes the inputs of the graph as one list, which it may empty; returns its outputs."""
+
+
+@functools.cache
+def default_inner() -> tuple[str, str]:
+    """``inductor`` where a C++ compiler works, else ``eager``, and a remark about that."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except Exception as e:
+        line = (str(e).splitlines() or [type(e).__name__])[0]
+        return "eager", f"torch.compile: no C++ compiler for inductor ({line}), so the graph runs operator by operator"
+    return "inductor", ""
+
+
+def inner_compile(module: fx.GraphModule, examples: Sequence[Any], inner: str) -> Runner:
+    """``module`` as something that runs; ``examples`` are its inputs, fake tensors and symbolic sizes."""
+    return _inductor(module, examples) if inner == "inductor" else _eager(module)
+
+
+def _eager(module: fx.GraphModule) -> Runner:
+    forward = module.forward
+
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        return forward(*inputs)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _inductor(module: fx.GraphModule, examples: Sequence[Any]) -> Runner:
+    """Inductor takes a graph of the operators that it lowers, so that what it decomposes is traced into those."""
+    try:
+        from torch._dispatch.python import enable_python_dispatcher
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.decomposition import select_decomp_table
+        from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+        from torch.fx.experimental.proxy_tensor import make_fx
+    except ImportError as e:
+        raise InputError(
+            f"this torch has another inductor than is known here ({e}); give the option inner='eager'"
+        ) from None
+
+    def flat(*inputs: Any) -> list[Any]:
+        return list(module(*inputs))
+
+    with torch.no_grad(), enable_python_dispatcher():
+        traced = make_fx(flat, decomposition_table=select_decomp_table())(*examples)
+        joint_graph_passes(traced)
+        compiled = compile_fx_inner(traced, list(examples), is_inference=True)
+
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        return compiled(inputs)  # type: ignore[no-any-return]
+
+    return run
