@@ -17,6 +17,7 @@ from qcompiler.rewrite import Declined
 from qcompiler.scheme import Scheme
 from qcompiler.sites import Ledger, Site, matches
 from qcompiler.spec import is_float_const
+from qcompiler.subgraph import bound
 from qcompiler.views import (
     EmbeddingView,
     LinearView,
@@ -66,11 +67,16 @@ def find_sites(graph: Graph, *, convs: bool = False, products: bool = False) -> 
     """
     users: dict[Value, int] = {}
     places: list[tuple[Op, str, Value]] = []
+    passed: dict[Op, str] = {}
     for op in graph.walk():
         kind = kind_of(op)
         if kind is None:
             continue
         weights = [w for v in op.operands if v is not None for w in [through_transposes(v)[0]]]
+        if graph.dialect == "aten" and op.graph is not graph:
+            weights = [bound(w) for w in weights]
+            if any(is_float_const(w) for w in weights):
+                passed[op] = f"its weight is passed to a subgraph of {op.graph.parent.name}"  # type: ignore[union-attr]
         held = [w for w in weights if is_float_const(w) and (w.tensor.rank or 0) >= 2]
         for weight in held[: 1 if kind != "recurrent" else None]:
             users[weight] = users.get(weight, 0) + 1
@@ -78,9 +84,11 @@ def find_sites(graph: Graph, *, convs: bool = False, products: bool = False) -> 
     seen: set[Value] = set()
     for op, kind, weight in places:
         view: View | None = None
-        reason: str | None = None
+        reason = passed.get(op)
         try:
-            if kind == "linear":
+            if reason is not None:
+                pass
+            elif kind == "linear":
                 kind, view = _product(op) if products else ("linear", as_linear(op))
             elif kind == "embedding":
                 view = as_embedding(op)
@@ -160,7 +168,7 @@ class InsertQdq(Pass):
                 )
         self._check_schemes()
         found = list(find_sites(graph, convs=self.convs is not None, products=self.products is not None))
-        wanted = self._select(found, ctx.ledger)
+        wanted = self._select(found, ctx.ledger, partial=ctx.partial)
         tied = {f.weight: self.embeddings for f in wanted if f.kind == "embedding" and self.embeddings is not None}
         by_weight: dict[tuple[Value, Scheme, Rounding], list[tuple[Found, Site]]] = {}
         for f in wanted:
@@ -186,8 +194,9 @@ class InsertQdq(Pass):
         by_kind = {"linear": self.weights, "conv": self.convs, "matmul": self.products}
         return by_kind.get(f.kind, self.embeddings)
 
-    def _select(self, found: list[Found], ledger: Ledger) -> list[Found]:
-        """The sites to quantize; the others go to the ledger with the reason. RecipeError for a glob in vain."""
+    def _select(self, found: list[Found], ledger: Ledger, *, partial: bool) -> list[Found]:
+        """The sites to quantize; the others go to the ledger with the reason. RecipeError for a glob in vain, but for
+        a part of a model."""
         hits: set[str] = set()
         wanted: list[Found] = []
         for f in found:
@@ -202,6 +211,8 @@ class InsertQdq(Pass):
                 self._skip(f, ledger, f.reason)
             else:
                 wanted.append(f)
+        if partial:
+            return wanted
         names = ", ".join(f.name for f in found[:6]) + (", ..." if len(found) > 6 else "")
         for key, globs in (("match", self.match), ("skip", self.skip)):
             for glob in globs:

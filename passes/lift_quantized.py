@@ -19,9 +19,9 @@ from qcompiler.pipeline import Context, Pass
 from qcompiler.rewrite import Refusal, apply_rules
 from qcompiler.scheme import Scheme
 from qcompiler.sites import Site
-from qcompiler.spellings import RULES, half, lattice, products, signs
+from qcompiler.spellings import RULES, half, lattice, products, qdq, signs, torch_ops
 from qcompiler.spellings.nbits import KERNEL
-from qcompiler.spellings.qdq import DEQUANTIZE
+from qcompiler.spellings.operands import MOVES, slots, weight_of
 from qcompiler.verify.findings import Finding
 from qcompiler.views import CONV_OPS, EmbeddingView, LinearView, kind_of
 
@@ -37,6 +37,8 @@ NODES |= {
 }
 """Ops that hold a weight in low bits -> the kind of their site."""
 WAS_FLOAT = "was float in the source"
+DEQUANTIZE = (*qdq.DEQUANTIZE, *torch_ops.DEQUANTIZES)
+FINER = "activations whose codes were of fewer bits, or symmetric, get 8 bits over their whole range at run time"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class LiftQuantized(Pass):
     def run(self, graph: Graph, ctx: Context) -> None:
         log: list[Refusal] = []
         fired = apply_rules(graph, RULES, log=log)
-        for rules in ((*half.RULES, *products.RULES), (*half.LAST, *products.LAST)):
+        first, last = ((), ()) if graph.dialect == "aten" else (half.RULES, half.LAST)
+        for rules in ((*first, *products.RULES), (*last, *products.LAST)):
             fired += apply_rules(graph, rules, target=ctx.target, phases=ctx.phases, log=log)
         if self.lattice:
             fired += self._folded_back(graph)
@@ -65,6 +68,8 @@ class LiftQuantized(Pass):
                 "repair finds nothing quantized in the model that it could rewrite; compile it with a recipe that "
                 "quantizes, for example w4a16"
             )
+        if any(op.meta.get(torch_ops.FINER) for op in graph.walk()):
+            ctx.notes.append(f"lift-quantized: {FINER}")
         self._sites(graph, ctx)
         _own_names(graph)
         self._left(graph, ctx, log)
@@ -142,7 +147,8 @@ class LiftQuantized(Pass):
             if kind is None or dq is None:
                 continue
             n, k = _size(op, kind, dq)
-            site = Site(op.label, kind, n, k, 4 * n * k, dq.attrs["scheme"].text)
+            label = op.loc.scope or op.label if graph.dialect == "aten" else op.label
+            site = Site(label, kind, n, k, 4 * n * k, dq.attrs["scheme"].text)
             site.weight, site.wish = dq.operand(0), str(op.meta.get(KERNEL, ""))
             name = ctx.ledger.add(site).name
             op.meta["site"] = name
@@ -191,7 +197,7 @@ def _keep(op: Op, reason: str, ctx: Context) -> None:
     work = list(op.result.users)
     while work:
         user = work.pop(0)
-        if user.name in products.MOVES:
+        if user.name in MOVES:
             work += user.result.users
         elif (kind := kind_of(user)) is not None:
             n, k = _size(user, kind, op)
@@ -213,23 +219,23 @@ def _own_names(graph: Graph) -> None:
 
 def _weight_of(op: Op) -> Op | None:
     """The dequantize of the constant that ``op`` reads as its weight."""
-    first = 0 if kind_of(op) == "embedding" else 1
-    return products.weight_of(op.operand(first)) or (
-        products.weight_of(op.operand(0)) if kind_of(op) == "linear" else None
-    )
+    left, right = slots(op)
+    first = 0 if kind_of(op) == "embedding" else right
+    return weight_of(op.operand(first)) or (weight_of(op.operand(left)) if kind_of(op) == "linear" else None)
 
 
 def _size(op: Op, kind: str, dq: Op) -> tuple[int, int]:
     """Output features and reduction length; rows and columns of a table."""
-    slot = 0 if kind == "embedding" or products.weight_of(op.operand(1)) is None else 1
+    left, right = slots(op)
+    slot = left if kind == "embedding" or weight_of(op.operand(right)) is None else right
     value = op.operand(slot)
     shape = None if value is None else value.tensor.static_shape
     if shape is None or len(shape) < 2:
         codes = dq.operand(0)
         shape = (0, 0) if codes is None else codes.tensor.static_shape or (0, 0)
-    if kind != "linear" or op.attrs.get("transB", 0):
+    if kind != "linear" or op.attrs.get("transB", 0) or op.name == "aten.linear.default":
         return shape[0], math.prod(shape[1:])
-    return (shape[-1], shape[-2]) if slot == 1 else (shape[-2], shape[-1])
+    return (shape[-1], shape[-2]) if slot == right else (shape[-2], shape[-1])
 
 
 def _row_axis(op: Op, view: object) -> int:

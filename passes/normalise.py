@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qcompiler.dtypes import Array
-from qcompiler.functional import make_functional, share_views
+from qcompiler.functional import drop_checks, make_functional, share_views
 from qcompiler.ir import Graph, Hole, Op, Value
 from qcompiler.payload import Payload, computed
 from qcompiler.pipeline import Context, Pass
@@ -141,7 +141,7 @@ RULES = (
 class Normalise(Pass):
     """Drop identities and cancelling transposes, join others; give reshaped weights their final shape and type.
 
-    Of aten graphs also: writes in place become functional, and equal views one.
+    Of aten graphs also: writes in place become functional, equal views one, and checks of known types go.
     """
 
     name: ClassVar[str] = "normalise"
@@ -149,6 +149,7 @@ class Normalise(Pass):
     def run(self, graph: Graph, ctx: Context) -> None:
         if graph.dialect == "aten":
             make_functional(graph)
+            drop_checks(graph)
         apply_rules(graph, RULES, log=ctx.refusals)
         if graph.dialect == "aten":
             share_views(graph)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from qcompiler.ir import Graph, Op, Use, Value
+from qcompiler.ir import Atom, Attr, Graph, Op, Use, Value
 from qcompiler.movement import CONCAT, PERMUTE, REPEAT, SELECT
 from qcompiler.views import CONV_OPS, LINEAR_OPS
 
@@ -96,6 +96,33 @@ def unsteady(graph: Graph) -> set[Value]:
             work.append(source)
         work += [r for u in value.users if u.name in VIEWS for r in u.results]
     return out
+
+
+def drop_checks(graph: Graph) -> int:
+    """Take away checks that a tensor has the element type that the graph says it has; returns how many went.
+
+    ``torch.export`` writes one before each ``.to()``. On a weight it would keep the float original alive.
+    """
+    gone = 0
+    for op in list(graph.walk()):
+        value = op.operand(0)
+        if op.name != "aten._assert_tensor_metadata.default" or value is None or any(r.uses for r in op.results):
+            continue
+        asked = [a for a in (*op.attrs.get("args", ())[1:], *_kept(op)) if isinstance(a, Atom)]
+        known = value.tensor.dtype
+        if known is not None and all(a.kind != "torch.dtype" or _is(a.text, known.name) for a in asked):
+            op.erase()
+            gone += 1
+    return gone
+
+
+def _kept(op: Op) -> list[Attr]:
+    return [v for _, v in op.attrs.get("kwargs", ())]
+
+
+def _is(torch_name: str, name: str) -> bool:
+    """``float32`` and ``f32``, ``bfloat16`` and ``bf16``, ``int8`` and ``int8``."""
+    return torch_name in (name, name.replace("bf", "bfloat"), name.replace("f", "float", 1))
 
 
 def share_views(graph: Graph) -> int:

@@ -45,7 +45,9 @@ def is_pure(op: Op) -> bool:
     if op.name.startswith(("onnx.", "q.", "com.microsoft.")):
         return True
     base = op.name.split(".")[1] if "." in op.name else op.name
-    return op.name.startswith(("aten.", "py.")) and not (base.endswith("_") and not base.startswith("_"))
+    return op.name.startswith(("aten.", "py.", "quantized_decomposed.", "torchao.")) and not (
+        base.endswith("_") and not base.startswith("_")
+    )
 
 
 def is_float_const(value: Value | None) -> bool:

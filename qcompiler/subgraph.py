@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import TypeAlias
 
 from qcompiler.dtypes import Array
-from qcompiler.ir import Graph, Op, Value
+from qcompiler.ir import Atom, Attr, Graph, Hole, Op, Value
 from qcompiler.payload import Payload
 
 Run: TypeAlias = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -34,6 +34,35 @@ def _read_inside(region: Graph) -> Iterator[Value]:
         yield from (v for v in op.operands if v is not None)
     for graph in region.graphs():
         yield from graph.outputs
+
+
+def bound(value: Value) -> Value:
+    """What an input of a subgraph of the aten dialect stands for outside of it; ``value`` itself for anything else.
+
+    torch passes values to its subgraphs in the arguments behind them.
+    """
+    while (op := value.graph.parent) is not None and value.is_input and value.graph.dialect == "aten":
+        given = list(_behind_regions(op.attrs.get("args", ())))
+        at = value.graph.inputs.index(value)
+        if len(given) != len(value.graph.inputs) or (outer := op.operand(given[at])) is None:
+            break
+        value = outer
+    return value
+
+
+def _behind_regions(args: Attr) -> Iterator[int]:
+    """The holes of a call behind its last subgraph, in order."""
+    flat = list(_flat(args))
+    last = max((i for i, a in enumerate(flat) if isinstance(a, Atom) and a.kind == "region"), default=len(flat))
+    yield from (a.index for a in flat[last + 1 :] if isinstance(a, Hole))
+
+
+def _flat(skeleton: Attr) -> Iterator[Attr]:
+    if isinstance(skeleton, tuple):
+        for s in skeleton:
+            yield from _flat(s)
+    else:
+        yield skeleton
 
 
 def needed(graph: Graph, wanted: Iterable[Value]) -> list[Op]:

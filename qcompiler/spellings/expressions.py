@@ -16,6 +16,7 @@ from qcompiler.dtypes import Array, DType
 from qcompiler.ir import Op, Value
 from qcompiler.payload import Payload, computed, constant
 from qcompiler.rewrite import Rewriter
+from qcompiler.spellings.aten_values import is_known, run_aten
 
 STEPS = 24
 """Ops of one expression that are followed."""
@@ -51,6 +52,8 @@ FOLDABLE = frozenset(_BINARY) | _MOVED | {"onnx.Transpose", "onnx.Concat", "onnx
 
 
 def _run(op: Op, arrays: Sequence[Array], shape: tuple[int, ...], element: DType) -> Array:
+    if op.name.startswith(("aten.", "prims.", "quantized_decomposed.")):
+        return run_aten(op, arrays, shape, element)
     first = arrays[0]
     if op.name in _BINARY:
         with np.errstate(over="ignore"):
@@ -73,9 +76,11 @@ def expression(value: Value, steps: int = STEPS) -> Payload | None:
     if value.is_const:
         return value.payload
     op, shape, element = value.owner, value.tensor.static_shape, value.tensor.dtype
-    if op is None or op.name not in FOLDABLE or shape is None or element is None or steps < 1:
+    aten = op is not None and is_known(op)
+    if op is None or not (aten or op.name in FOLDABLE) or shape is None or element is None or steps < 1:
         return None
-    operands = list(op.operands) if op.name in _BINARY or op.name == "onnx.Concat" else list(op.operands[:1])
+    every = aten or op.name in _BINARY or op.name == "onnx.Concat"
+    operands = list(op.operands) if every else list(op.operands[:1])
     inputs = [None if v is None else expression(v, steps - 1) for v in operands]
     if not inputs or any(p is None for p in inputs):
         return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from qcompiler.dtypes import F16, F32
 from qcompiler.ir import Op, TensorType, Value
 from qcompiler.rewrite import Rewriter, rule
+from qcompiler.spellings.operands import activation_of
 from qcompiler.spellings.parts import is_float
-from qcompiler.spellings.products import COMPUTED, FLOAT_CODE, HALF_CODE, activation_of, single
+from qcompiler.spellings.products import COMPUTED, FLOAT_CODE, HALF_CODE, single
 
 
 @rule("q.quantize")

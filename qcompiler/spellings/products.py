@@ -12,49 +12,34 @@ from typing import Any
 import numpy as np
 
 from qcompiler.dtypes import BF16, F16, F32, TABLE, Array, DType
-from qcompiler.ir import Attr, Loc, Op, TensorType, Value
+from qcompiler.ir import Attr, Hole, Loc, Op, TensorType, Value
 from qcompiler.payload import computed, constant
 from qcompiler.rewrite import Declined, Rewriter, rule
 from qcompiler.scheme import Scheme
 from qcompiler.spellings.expressions import settle
+from qcompiler.spellings.operands import (
+    ATEN_CONVS,
+    ATEN_PRODUCTS,
+    PRODUCTS,
+    activation_of,
+    slots,
+    weight_of,
+    with_operands,
+)
 from qcompiler.spellings.parts import code_type, is_float, nought, once, permuted_shape
 from qcompiler.spellings.qdq import DEQUANTIZE, QUANTIZE
 from qcompiler.target import Request
 from qcompiler.views import LinearView, as_linear
 
-PRODUCTS = ("onnx.MatMul", "onnx.Gemm")
 COMPUTED = (
     *PRODUCTS,
     *(f"onnx.{n}" for n in ("Conv", "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid")),
     *("onnx.LeakyRelu", "onnx.Softmax"),
 )
-MOVES = frozenset({"onnx.Transpose", "onnx.Reshape", "onnx.Squeeze", "onnx.Unsqueeze", "onnx.Identity"})
 FREED = "freed"
 """Key in the ``meta`` of a Clip that stands for a pair: it cuts off what the codes of the pair did."""
 FLOAT_CODE, HALF_CODE, BFLOAT_CODE = 1, 10, 16
 """``to`` of a Cast to f32, f16 and bf16 (onnx TensorProto.DataType)."""
-
-
-def weight_of(value: Value | None) -> Op | None:
-    """The dequantize of constant codes that makes ``value``, through movement of the weight."""
-    while value is not None and value.owner is not None:
-        op = value.owner
-        if op.name == "q.dequantize":
-            codes = op.operand(0)
-            return op if codes is not None and codes.is_const else None
-        if op.name not in MOVES:
-            return None
-        value = op.operand(0)
-    return None
-
-
-def activation_of(value: Value | None) -> Op | None:
-    """The dequantize of codes that are computed which makes ``value`` itself."""
-    op = None if value is None else value.owner
-    if op is None or op.name != "q.dequantize":
-        return None
-    codes = op.operand(0)
-    return None if codes is None or codes.is_const else op
 
 
 def range_of(scale: Array, zero: Array | None, element: DType) -> tuple[float, float]:
@@ -80,11 +65,14 @@ def clipped(rw: Rewriter, quantize: Op, element: DType) -> Value:
         raise rw.declined("its activation is scaled by what is known only at run time", code="QC205")
     kind = x.tensor.dtype or F32
     ends = range_of(arrays[0], arrays[1], element)
-    bounds = [
-        rw.const(f"{x.name}.{word}", constant(np.array(end), kind))
-        for word, end in zip(("low", "high"), ends, strict=True)
-    ]
-    made = rw.op("onnx.Clip", x, *bounds, type=x.type, hint=f"{x.name}_clip")
+    if x.graph.root.dialect == "aten":
+        made = rw.op("aten.clamp.default", x, type=x.type, hint=f"{x.name}_clip", args=(Hole(0), *ends))
+    else:
+        bounds = [
+            rw.const(f"{x.name}.{word}", constant(np.array(end), kind))
+            for word, end in zip(("low", "high"), ends, strict=True)
+        ]
+        made = rw.op("onnx.Clip", x, *bounds, type=x.type, hint=f"{x.name}_clip")
     assert made.owner is not None
     made.owner.loc, made.owner.meta[FREED] = Loc("", rw.root.loc.scope, rw.root.loc.source), True
     return made
@@ -119,16 +107,18 @@ def drop_wide_pair(op: Op, rw: Rewriter) -> Value:
     return clipped(rw, q, element)
 
 
-@rule(*PRODUCTS)
+@rule(*PRODUCTS, *ATEN_PRODUCTS)
 def free_activation(op: Op, rw: Rewriter) -> Value:
     """q.dequantize(q.quantize(x)) @ q.dequantize(w in blocks)  ->  clip(x) @ q.dequantize(w)
 
-    No integer kernel has scales in blocks, so the product becomes a weight-only one, whose kernel rounds its activation
-    to int8 by itself. The rounding that the graph states goes: the result moves by at most half a step of the
-    activation times the sum of the weight's magnitudes.
+    and so for an activation with a scale a token. No integer kernel has scales in blocks or a token, so the product
+    becomes a weight-only one, whose kernel may round its activation by itself. The rounding that the graph states goes:
+    the result moves by at most half a step of the activation times the sum of the weight's magnitudes.
     """
-    pair, w = activation_of(op.operand(0)), weight_of(op.operand(1))
-    if pair is None or w is None or w.attrs["scheme"].granularity != "group":
+    at, beside = slots(op)
+    pair, w = activation_of(op.operand(at)), weight_of(op.operand(beside))
+    blocks = w is not None and w.attrs["scheme"].granularity == "group"
+    if pair is None or w is None or not (blocks or pair.attrs["scheme"].granularity == "token"):
         raise rw.declined("no quantized activation meets a weight in blocks", quiet=True)
     codes = pair.operands[0]
     q = None if codes is None else codes.owner
@@ -139,15 +129,16 @@ def free_activation(op: Op, rw: Rewriter) -> Value:
             code="QC303",
             fix="quantize the weight with one scale an output channel",
         )
-    return _again(rw, clipped(rw, q, q.attrs["scheme"].dtype), *op.operands[1:])
+    return _again(rw, *with_operands(op, {at: clipped(rw, q, q.attrs["scheme"].dtype)}))
 
 
-@rule("onnx.MatMul", "onnx.Gemm", "onnx.Conv")
+@rule("onnx.MatMul", "onnx.Gemm", "onnx.Conv", *ATEN_PRODUCTS, *ATEN_CONVS)
 def widen_codes(op: Op, rw: Rewriter) -> Value:
     """q.dequantize(x) @ q.dequantize(w in 4 or 2 bits)  ->  the same codes in 8 bits: exact, one byte a code"""
-    dq = weight_of(op.operand(1))
+    at, beside = slots(op)
+    dq = weight_of(op.operand(beside))
     scheme: Scheme | None = None if dq is None else dq.attrs["scheme"]
-    if activation_of(op.operand(0)) is None or dq is None or scheme is None or scheme.bits >= 8:
+    if activation_of(op.operand(at)) is None or dq is None or scheme is None or scheme.bits >= 8:
         raise rw.declined("no quantized activation meets a weight of less than 8 bits", quiet=True)
     if scheme.granularity == "group":
         raise rw.declined("its weight is scaled in blocks", quiet=True)
@@ -164,8 +155,8 @@ def widen_codes(op: Op, rw: Rewriter) -> Value:
         type=dq.result.type,
         **attrs,
     )
-    moved = _moved_again(rw, op.operands[1], dq.result, made)
-    return rw.op(op.name, op.operands[0], moved, *op.operands[2:], type=op.result.type, **op.attrs)
+    moved = _moved_again(rw, op.operands[beside], dq.result, made)
+    return rw.op(op.name, *with_operands(op, {beside: moved}), type=op.result.type, **op.attrs)
 
 
 def _moved_again(rw: Rewriter, value: Value | None, old: Value, new: Value) -> Value:
@@ -257,7 +248,7 @@ def _linear(rw: Rewriter) -> LinearView:
 # -- groups and widths that no kernel has --------------------------------------------------------------------
 
 
-@rule(*PRODUCTS)
+@rule(*PRODUCTS, *ATEN_PRODUCTS)
 def refit_weight(op: Op, rw: Rewriter) -> Value:
     """x @ q.dequantize(w) that no kernel takes  ->  the same values in smaller groups, or in wider codes, that one does
 
@@ -294,7 +285,8 @@ def refit_weight(op: Op, rw: Rewriter) -> Value:
     if found.dtype != scheme.dtype:
         codes, zero = _in_type(rw, codes, found.dtype), zero and _in_type(rw, zero, found.dtype)
     made = rw.op("q.dequantize", codes, scale, zero, type=dq.result.type, **{**dq.attrs, "scheme": found})
-    return _again(rw, op.operands[0], _moved_again(rw, op.operands[1], dq.result, made), *op.operands[2:])
+    beside = slots(op)[1]
+    return _again(rw, *with_operands(op, {beside: _moved_again(rw, op.operands[beside], dq.result, made)}))
 
 
 def _others(scheme: Scheme) -> list[Scheme]:
