@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 
 from qcompiler.backends.torch.payload import FROM_TORCH, tensor_of
 from qcompiler.backends.torch.quiet import quietly, sentence_of
+from qcompiler.backends.torch.registering import register_named
 from qcompiler.dtypes import DType
 from qcompiler.errors import InputError
 from qcompiler.payload import FilePayload, Payload
@@ -105,6 +106,7 @@ def _check(path: Path) -> None:
             names = archive.namelist()
             if not any(n.endswith(".json") for n in names):
                 raise InputError(f"{path.name} is not a .pt2 archive of torch.export")
+            register_named(archive)
             if any(f"/{CODE}" in n for n in names) and not any("/models/" in n for n in names):
                 raise InputError(
                     f"{path.name} holds code of AOTInductor without the program that it was made from; give that"

@@ -13,7 +13,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
-from qcompiler.backends.torch import writes
+from qcompiler.backends.torch import subclasses, writes
 from qcompiler.backends.torch.archive import open_lazily
 from qcompiler.backends.torch.dims import program_symbols
 from qcompiler.backends.torch.names import op_name, to_atom
@@ -82,6 +82,8 @@ def _declare(graph: Graph, capture: BodyReader, program: ExportedProgram, stored
             capture.env[node] = value
             if node.name in written:
                 value.meta["written"] = True
+        elif spec.kind in _ROLES and subclasses.is_wrapped(tensor := program.state_dict.get(str(spec.target))):
+            capture.wrapped[node] = subclasses.declare(graph, tensor, str(spec.target))
         elif spec.kind in _ROLES:
             payload, key = _payload(program, spec, stored)
             lifted.setdefault(key, []).append((node, spec, payload))
@@ -207,6 +209,7 @@ class BodyReader:
         self.symbols = symbols
         self.env: dict[fx.Node, Value] = {}
         self.named: set[str] = set()
+        self.wrapped: dict[fx.Node, subclasses.Inner] = {}
         self._picks: dict[fx.Node, list[list[fx.Node]] | None] = {}
         self._symbol = re.compile(r"\b(?:" + "|".join(map(re.escape, symbols)) + r")\b") if symbols else None
 
@@ -229,6 +232,12 @@ class BodyReader:
 
     def call(self, node: fx.Node, module: fx.GraphModule, graph: Graph) -> None:
         if self._is_pick(node):
+            return
+        if (inner := subclasses.accessed(node, self.wrapped)) is not None:
+            if isinstance(inner, Value):
+                self.env[node] = inner
+            else:
+                self.wrapped[node] = inner
             return
         regions: dict[str, fx.GraphModule] = {}
         operands: list[Value] = []

@@ -6,6 +6,7 @@ measured overrules what the kernel rows promise; a call that was never seen is j
 
 from __future__ import annotations
 
+import atexit
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Inspection:
 
 
 class TorchEvidence(EvidenceCollector):
-    """Evidence from torch on this machine's CPU. ``worker``: a probe process to share; by default one a call.
+    """Evidence from torch on this machine's CPU. ``worker``: a probe process; by default the one of this process.
 
     For ``torch-cuda``, and for programs of more than ``max_bytes``, nothing is run: the evidence is static and says so.
     """
@@ -94,11 +95,7 @@ class TorchEvidence(EvidenceCollector):
             out.result.notes.append(why)
         else:
             with tempfile.TemporaryDirectory(prefix="qcompiler.evidence.") as folder:
-                if self.worker is not None:
-                    self._run(out, path, self.worker, Path(folder))
-                else:
-                    with Worker(module=MODULE) as worker:
-                        self._run(out, path, worker, Path(folder))
+                self._run(out, path, Path(folder))
         _read(out, self.phases)
         out.result.findings = list(dict.fromkeys([*judged.findings, *out.result.findings, *check_stored(judged)]))
         return out
@@ -116,13 +113,14 @@ class TorchEvidence(EvidenceCollector):
             return f"not run: its weights are packed for {width}, and this machine runs torch's {here} code"
         return ""
 
-    def _run(self, out: Inspection, path: Path, worker: Worker, folder: Path) -> None:
+    def _run(self, out: Inspection, path: Path, folder: Path) -> None:
         """Run each phase and let what it shows overrule the rows."""
         graph, result = out.judged.graph, out.result
         width = metadata_of(graph).get(WIDTH, "")
         at = folder / "at"
         job: dict[str, Any] = {"path": str(path.absolute()), "at": str(at)}
         job["capability"] = width if width and width != _width_here() else ""
+        worker = self.worker or shared_worker(job["capability"])
         answers: dict[str, Any] = {}
         for attempt, feeds in enumerate(phase_feeds(graph, self.phases)):
             phases = []
@@ -186,6 +184,18 @@ class TorchEvidence(EvidenceCollector):
         told = verdict.verdict if seen == "fused" and (verdict.node is None or verdict.node.known) else seen
         kernel = verdict.kernels.get(phase.name, "") if told == "fused" else ""
         out.result.nodes.append(NodeEvidence(verdict.name, verdict.op_type, told, kernel, phase.name, facts))
+
+
+_WORKERS: dict[str, Worker] = {}
+
+
+def shared_worker(capability: str = "") -> Worker:
+    """The probe process of this process: importing torch takes it seconds. ``capability``: the vector width that torch is
+    held down to, which it reads once."""
+    if capability not in _WORKERS:
+        _WORKERS[capability] = Worker(module=MODULE)
+        atexit.register(_WORKERS[capability].close)
+    return _WORKERS[capability]
 
 
 def _width_here() -> str:

@@ -116,8 +116,9 @@ def count(value: Value) -> int:
 
 
 def describe(value: Value) -> str:
-    """``int4[4096, 4096]`` and the bytes that it takes as f32."""
-    t = value.tensor
+    """``int4[4096, 4096]``, the class of tensors that it is a part of, and the bytes that it takes as f32."""
+    t, cls = value.tensor, value.meta.get("class")
     shape = "[" + ", ".join("?" if d is None else str(d) for d in t.shape or ()) + "]"
     size = count(value) * 4
-    return f"{t.dtype or 'codes'}{shape}" + (f", {size} bytes as f32" if size else "")
+    inside = f" of a {cls}" if cls else ""
+    return f"{t.dtype or 'codes'}{shape}{inside}" + (f", {size} bytes as f32" if size else "")
