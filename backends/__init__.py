@@ -27,7 +27,9 @@ def backend_for(path: Path) -> Backend:
         backend = backend_of(name)
         if backend.suffix == path.suffix:
             return backend
-    raise InputError(f"{path} cannot be run: no target here makes {path.suffix or 'such'} files; give an .onnx file")
+    raise InputError(
+        f"{path} cannot be run: no target here makes {path.suffix or 'such'} files; give an .onnx or .pt2 file"
+    )
 
 
 def backend_of(target: str) -> Backend:

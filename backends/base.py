@@ -270,11 +270,11 @@ class Backend(ABC):
 
     def timed(self, path: Path, threads: int, dims: Mapping[str, int], folder: Path) -> Timed:
         """The file opened in its own process; ``dims`` fixes open dimensions by name, ``folder`` is for scratch."""
-        raise InputError(f"no runtime here times a {self.suffix} file; give an .onnx file")
+        raise InputError(f"no runtime here times a {self.suffix} file; give an .onnx or a .pt2 file")
 
     def paired(self, reference: Path, artifact: Path, *, per_site: bool) -> Pair:
         """Both files opened to be compared, ``per_site`` inside too. Raises InputError where they do not match."""
-        raise InputError(f"no runtime here compares {self.suffix} files; give .onnx files")
+        raise InputError(f"no runtime here compares {self.suffix} files; give .onnx or .pt2 files")
 
     @abstractmethod
     def open(self, path: Path, target: Target) -> Any:

@@ -210,7 +210,7 @@ def bench(
         "dims": dict(dims or {}),
         "load_before": round(load, 2),
     }
-    versions = backend_for(Path(files[0])).versions()
+    versions = {name: v for path in files for name, v in backend_for(Path(path)).versions().items()}
     return Comparison(found, settings, versions, tuple(warnings + _noise(found)))
 
 

@@ -82,7 +82,9 @@ def eval_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The compiled model.")],
     reference: Annotated[
         str,
-        typer.Option("--reference", metavar="FILE2", help="The float model: an .onnx file, or a SOURCE of 'compile'."),
+        typer.Option(
+            "--reference", metavar="FILE2", help="The float model: an .onnx or .pt2 file, or a SOURCE of 'compile'."
+        ),
     ],
     data: Annotated[
         str,

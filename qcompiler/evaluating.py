@@ -125,13 +125,13 @@ def evaluate(
 ) -> Evaluation:
     """Compare the compiled ``file`` with the float model ``reference`` on ``data``.
 
-    ``reference`` is an .onnx file or any source that :func:`qcompiler.compile` takes; ``data`` what
-    :func:`qcompiler.calibrate.data.open_data` takes, of which at most ``limit`` samples are used. An array called
-    ``label`` or ``labels`` that is no input of the model holds the true classes (a number a sample; for language models
-    one a token, negative ones not counted). ``metrics`` are among :data:`~qcompiler.readings.METRICS`; by default all
-    that apply are computed. ``output`` names the one that holds class scores where that cannot be seen; ``per_site``
-    compares what each site computes. Raises InputError for what cannot be compared and for a metric that is asked for
-    and does not apply.
+    ``reference`` is an .onnx or .pt2 file, or any source that :func:`qcompiler.compile` takes for the runtime of
+    ``file``; ``data`` what :func:`qcompiler.calibrate.data.open_data` takes, of which at most ``limit`` samples are
+    used. An array called ``label`` or ``labels`` that is no input of the model holds the true classes (a number a
+    sample; for language models one a token, negative ones not counted). ``metrics`` are among
+    :data:`~qcompiler.readings.METRICS`; by default all that apply are computed. ``output`` names the one that holds
+    class scores where that cannot be seen; ``per_site`` compares what each site computes. Raises InputError for what
+    cannot be compared and for a metric that is asked for and does not apply.
     """
     if unknown := [m for m in metrics if m not in METRICS]:
         raise InputError(f"there is no metric {unknown[0]!r}; there are {', '.join(METRICS)}")

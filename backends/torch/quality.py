@@ -21,6 +21,7 @@ from qcompiler.backends.torch.quiet import sentence_of
 from qcompiler.backends.torch.workload import guesses
 from qcompiler.calibrate.data import Data
 from qcompiler.dtypes import Array
+from qcompiler.errors import InputError
 from qcompiler.ir import TensorType
 from qcompiler.metrics import Closeness
 from qcompiler.report.model import OutputQuality, Quality
@@ -43,7 +44,7 @@ def compare(reference: Path, artifact: Path, data: Data | None = None) -> Qualit
     """
     try:
         floats = opened(reference)
-    except Exception as e:  # torch says in many ways that it cannot read a file
+    except InputError as e:
         return f"not compared: the float model does not load in torch ({sentence_of(e)})"
     names, kinds = floats.names, [is_float(v) for v in result_values(floats.graph)]
     if not any(kinds):

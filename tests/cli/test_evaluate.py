@@ -311,7 +311,7 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         ((tmp_path / "two.onnx", a, {"x": X}), {}, "a.onnx and two.onnx have different inputs"),
         ((tmp_path / "gone.onnx", a, {"x": X}), {}, "there is no file"),
         ((a, tmp_path / "gone.onnx", {"x": X}), {}, "there is no file"),
-        ((tmp_path / "a.pt2", a, {"x": X}), {}, "no target here makes .pt2 files; give an .onnx file"),
+        ((tmp_path / "a.pt2", a, {"x": X}), {}, "a.onnx is an ONNX model, and torch targets take torch models"),
         ((tmp_path / "bad.onnx", a, {"x": X}), {}, "not a readable ONNX model"),
         ((a, a, {"z": X}), {}, "has no x and has z, which the model does not take; the inputs are x f32"),
         ((a, a, {"x": X[:0]}), {}, "holds no sample"),
