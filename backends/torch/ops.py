@@ -10,6 +10,7 @@ saturate; the rows that use them ask for it. What oneDNN does not look at (a mis
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -243,8 +244,9 @@ def _quantize_dynamic(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
             raise InputError("an activation holds NaN or infinity, which have no 8-bit codes; run the float model")
     lo, hi = min(lo, 0.0), max(hi, 0.0)
     exact = (hi - lo) / 255.0
-    scale = torch.tensor(max(exact, _TINY) if exact > 0 else 1.0, dtype=torch.float32, device="cpu")
-    zero = torch.tensor(min(round(-lo / scale.item()), 255), dtype=torch.uint8, device="cpu")
+    step = ctypes.c_float(max(exact, _TINY) if exact > 0 else 1.0).value  # rounded to f32
+    scale = torch.scalar_tensor(step, dtype=torch.float32, device=x.device)
+    zero = torch.scalar_tensor(min(round(-lo / step), 255), dtype=torch.uint8, device=x.device)
     return _codes(x, scale, zero), scale, zero
 
 
