@@ -190,8 +190,8 @@ _WORKERS: dict[str, Worker] = {}
 
 
 def shared_worker(capability: str = "") -> Worker:
-    """The probe process of this process: importing torch takes it seconds. ``capability``: the vector width that torch is
-    held down to, which it reads once."""
+    """The probe process of this process: importing torch takes it seconds. ``capability``: the vector width that torch
+    is held down to, which it reads once."""
     if capability not in _WORKERS:
         _WORKERS[capability] = Worker(module=MODULE)
         atexit.register(_WORKERS[capability].close)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,7 @@ ROWS: dict[str, str] = {
 }
 """Operator -> the row of its kernel, without the target's name. A lookup of codes is ``gather``."""
 ALLOWED_KEY = "qcompiler.allowed"
+_CODES = re.compile(r"\b(u?int\d+|f8\w+)\[")
 NO_SITES = frozenset({"matmul"})
 """Kinds of call that hold no weight."""
 
@@ -217,8 +219,8 @@ def _unfused(rules: Rules) -> list[NodeVerdict]:
             continue
         name = base_name(op)
         kind = "embedding" if "embedding" in name else "conv" if "conv" in name else "linear"
-        scheme = finding.message.partition(" of ")[2].partition("[")[0] or finding.message.partition("[")[0]
-        scheme = scheme if scheme and " " not in scheme else "low-bit"
+        codes = _CODES.search(finding.message)
+        scheme = "low-bit" if codes is None else codes[1]
         found.append(NodeVerdict(op.label, op, name, kind, "dequant", *_weight_shape(op), scheme, findings=[finding]))
     return found
 
