@@ -14,7 +14,7 @@ import numpy as np
 
 from qcompiler.agreement import Gap
 from qcompiler.bias_correction import CorrectedBias
-from qcompiler.clipping import FACTORS, Floats, affine_params
+from qcompiler.clipping import FACTORS, SCALE_BITS, Floats, affine_params
 from qcompiler.dtypes import F64, Array, dtype_of
 from qcompiler.ir import Op
 from qcompiler.numerics import choose_qparams, dequantize, quantize, spread
@@ -92,6 +92,10 @@ def _weight_gap(x: Array, seen: Floats, floor: Floats | None, scheme: Scheme, *,
         wanted = np.maximum(wanted, floor)
     half = spread(wanted, x.shape, scheme) / 2
     error = np.abs(seen - x.astype(np.float64))
+    if scheme.bits <= 4:
+        # Their scales have few significant bits: one that was rounded down leaves the ends of the range out.
+        levels = scheme.dtype.qmax - scheme.dtype.qmin
+        error = np.maximum(error - levels * 2 * half * 2.0 ** -(SCALE_BITS + 1), 0.0)
     if shrunk:
         center = None if middle is None else spread(middle.astype(np.float64), x.shape, scheme)
         error = np.maximum(error - _cut_off(x.astype(np.float64), half, center, scheme), 0.0)

@@ -20,6 +20,7 @@ from qcompiler.backends.torch.capture import load
 from qcompiler.backends.torch.emit import to_graph_module
 from qcompiler.backends.torch.examples import example_of
 from qcompiler.backends.torch.export import export_program
+from qcompiler.backends.torch.fitting import fit_to_chip, refuse_other_width
 from qcompiler.backends.torch.given import Given, given
 from qcompiler.backends.torch.inputs import InputCheck
 from qcompiler.backends.torch.notes import FILE, Notes
@@ -156,12 +157,14 @@ def open_module(path: Path) -> Callable[..., Any]:
     """The program in the ``.pt2`` file at ``path``, to be called as the model was; raises InputError.
 
     With AOTInductor's code inside it is that code; else ``torch.export.load(path).module()``, whose arguments are
-    checked before each call.
+    checked before each call, and whose int4 weights are packed anew where another chip wants that.
     """
     if holds_code(path):
+        refuse_other_width(load(path), path.name)
         return aot.opened(path)
     program = open_program(path)
     graph = load(program, Notes.inside(path))
+    fit_to_chip(program, graph, path.name)
     with one_sentence(f"cannot make a module of {path.name}"):
         module = program.module()
     if "in_spec" in graph.meta:
