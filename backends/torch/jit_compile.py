@@ -110,8 +110,8 @@ class CompiledGraph:
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         for place, packed, version in self.watched:
-            now: Any = args[place]
-            if now is not packed() or (version is not None and now._version != version):
+            now = args[place]
+            if now is not packed() or (version is not None and now._version != version):  # type: ignore[union-attr]
                 self._pack_again(args)
                 break
         inputs = [args[place] for place in self.lifted.read]

@@ -2,8 +2,9 @@
 
 Dynamo takes every size of a tensor that it sees for the first time as fixed, and compiles again when that size is
 another. A cache that one graph made and another extends at each token would cost a compilation for nothing. The sizes
-of an output that are those of the sequence or the batch of the inputs are therefore marked with
-``torch._dynamo.maybe_mark_dynamic``, which promises nothing: where a size turns out to be fixed, it is.
+of an output that are those of token ids (of any whole numbers that come in) are therefore marked with
+``torch._dynamo.maybe_mark_dynamic``, which promises nothing: where a size turns out to be fixed, it is. Only a graph
+without open sizes marks, which is the first one: dynamo compares marks, and learns the rest by itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcompiler.backends.torch.dims import symbolic
 from qcompiler.backends.torch.jit_capture import arguments_of, sizes_of
 from qcompiler.backends.torch.jit_compile import CompiledGraph
 from qcompiler.backends.torch.jit_names import Names
@@ -39,7 +41,7 @@ def _marking(places: Sequence[tuple[int, int]], mark: Callable[..., Any]) -> Cal
 
 
 def _places(module: fx.GraphModule, names: Names) -> list[tuple[int, int]]:
-    """Output and axis of each fixed size that is also a size of an input, other than its last where it is of floats."""
+    """Output and axis of each size that is also a size of whole numbers that come in; none where a size is open."""
     sizes: set[int] = set()
     returned: Any = ()
     arguments = iter(arguments_of(module))
@@ -48,8 +50,9 @@ def _places(module: fx.GraphModule, names: Names) -> list[tuple[int, int]]:
         if node.op == "output":
             returned = node.args[0]
         elif node.op == "placeholder" and next(arguments) not in names.held and isinstance(val, torch.Tensor):
-            floats = val.is_floating_point()
-            sizes.update(sizes_of(val[..., 0] if floats and val.ndim else val))
+            sizes.update(() if val.is_floating_point() else sizes_of(val))
+        if any(True for _ in symbolic(val)):
+            return []
     found: list[tuple[int, int]] = []
     for i, node in enumerate(returned):
         val = node.meta.get("val") if isinstance(node, fx.Node) else None

@@ -44,7 +44,7 @@ class Freed(nn.Parameter):
                 return func(*args, **(kwargs or {}))
         raise InputError(_told(next((a for a in _flat((args, kwargs)) if isinstance(a, Freed)), None), name))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Freed parameter {list(self.shape)}: {_told(self, '')}"
 
     def __deepcopy__(self, memo: Any) -> Any:
