@@ -7,11 +7,14 @@ the bytes of the codes once more (narrow ones more: oneDNN pads channels to a mu
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
+from torch import fx
 
 from qcompiler.errors import InputError
 
@@ -101,7 +104,7 @@ def linear_weight(weight: torch.Tensor) -> torch.Tensor:
 
 
 def conv_weight(
-    weight: torch.Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+    weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> torch.Tensor:
     """int8 codes ``[O, I / groups, *kernel]`` as the kernel of that very convolution reads them.
 
@@ -119,6 +122,43 @@ def conv_weight(
 def nbytes_of(packed: torch.Tensor) -> int:
     """Bytes of a packed weight."""
     return int(torch.ops.mkldnn._nbytes(packed))
+
+
+def pack(module: fx.GraphModule) -> int:
+    """Put packed weights in the place of the plain ones that only ``qlinear`` and ``qconv`` read.
+
+    Such a module holds one copy of its weights instead of two, and can no longer be saved or exported. Returns how
+    many weights were packed; those that other calls read too, or convolutions of different strides, stay plain.
+    """
+    readers: dict[str, list[fx.Node]] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            readers.setdefault(str(node.target), []).extend(node.users)
+    count = 0
+    for name, users in readers.items():
+        plain = operator.attrgetter(name)(module)
+        keys = {_key(user, plain, name) for user in users}
+        key = keys.pop() if len(keys) == 1 else None
+        if key is None or plain.is_mkldnn:
+            continue
+        home, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(home)
+        delattr(owner, leaf)
+        owner.register_buffer(leaf, linear_weight(plain) if key == () else conv_weight(plain, *key), persistent=False)
+        count += 1
+    return count
+
+
+def _key(user: fx.Node, plain: object, name: str) -> tuple[Any, ...] | None:
+    """What the packed form of a weight depends on where ``user`` reads it: (), or how a convolution goes over it."""
+    weight = user.args[3] if len(user.args) > 3 else None
+    if not isinstance(plain, torch.Tensor) or not isinstance(weight, fx.Node) or str(weight.target) != name:
+        return None
+    if user.target is torch.ops.qcompiler.qlinear.default:
+        return ()
+    if user.target is torch.ops.qcompiler.qconv.default:
+        return tuple(tuple(a) if isinstance(a, list | tuple) else a for a in user.args[6:10])
+    return None
 
 
 def _check(weight: torch.Tensor, what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 
 from qcompiler import integer_numerics, numerics
 from qcompiler.backends.torch import ops as _registered  # noqa: F401
-from qcompiler.backends.torch.packing import PACKED, conv_weight, linear_weight, nbytes_of
+from qcompiler.backends.torch.packing import PACKED, conv_weight, linear_weight, nbytes_of, pack
 from qcompiler.errors import InputError
 from qcompiler.scheme import parse_scheme
 
@@ -393,6 +394,35 @@ def test_a_module_that_was_called_is_saved_and_copied_as_before() -> None:
     out = io.BytesIO()
     torch.save(net.state_dict(), out)
     assert torch.equal(copy.deepcopy(net).weight, net.weight)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_module_may_keep_packed_weights_alone() -> None:
+    net, x = Net().eval(), torch.randn(2, 3, 6, 6)
+    module = torch.export.export(net, (x,)).module()
+    assert isinstance(module, torch.fx.GraphModule)
+    wanted = net(x)
+    plain = weakref.ref(net.weight)
+    del net
+    PACKED.clear()
+    assert pack(module) == 2
+    gc.collect()
+    assert plain() is None
+    assert torch.equal(module(x), wanted)
+    assert len(PACKED) == 0 and pack(module) == 0
+
+
+def test_a_weight_with_other_readers_stays_plain() -> None:
+    class Tied(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.weight.sum()
+
+    net, x = Tied().eval(), torch.randn(2, 3, 6, 6)
+    module = torch.export.export(net, (x,)).module()
+    assert isinstance(module, torch.fx.GraphModule)
+    assert pack(module) == 1
+    assert module.weight.dtype is torch.int8 and not module.weight.is_mkldnn
+    assert torch.equal(module(x), net(x))
 
 
 def test_codes_by_hand() -> None:
