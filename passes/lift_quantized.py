@@ -19,7 +19,7 @@ from qcompiler.pipeline import Context, Pass
 from qcompiler.rewrite import Refusal, apply_rules
 from qcompiler.scheme import Scheme
 from qcompiler.sites import Site
-from qcompiler.spellings import RULES, half, lattice, products, qdq, signs, torch_ops
+from qcompiler.spellings import RULES, half, lattice, products, qdq, signs, torch_fit, torch_ops
 from qcompiler.spellings.nbits import KERNEL
 from qcompiler.spellings.operands import MOVES, slots, weight_of
 from qcompiler.verify.findings import Finding
@@ -56,7 +56,7 @@ class LiftQuantized(Pass):
     def run(self, graph: Graph, ctx: Context) -> None:
         log: list[Refusal] = []
         fired = apply_rules(graph, RULES, log=log)
-        first, last = ((), ()) if graph.dialect == "aten" else (half.RULES, half.LAST)
+        first, last = (torch_fit.CENTER, ()) if graph.dialect == "aten" else (half.RULES, half.LAST)
         for rules in ((*first, *products.RULES), (*last, *products.LAST)):
             fired += apply_rules(graph, rules, target=ctx.target, phases=ctx.phases, log=log)
         if self.lattice:

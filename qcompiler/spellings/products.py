@@ -155,17 +155,17 @@ def widen_codes(op: Op, rw: Rewriter) -> Value:
         type=dq.result.type,
         **attrs,
     )
-    moved = _moved_again(rw, op.operands[beside], dq.result, made)
+    moved = moved_again(rw, op.operands[beside], dq.result, made)
     return rw.op(op.name, *with_operands(op, {beside: moved}), type=op.result.type, **op.attrs)
 
 
-def _moved_again(rw: Rewriter, value: Value | None, old: Value, new: Value) -> Value:
+def moved_again(rw: Rewriter, value: Value | None, old: Value, new: Value) -> Value:
     """The movement that makes ``value`` of ``old``, on ``new``."""
     if value is old:
         return new
     assert value is not None and value.owner is not None
     op = value.owner
-    source = _moved_again(rw, op.operand(0), old, new)
+    source = moved_again(rw, op.operand(0), old, new)
     return rw.op(op.name, source, *op.operands[1:], type=value.type, **op.attrs)
 
 
@@ -215,7 +215,7 @@ def plain_gemm(op: Op, rw: Rewriter) -> Value:
         codes, scale, zero = dq.operands[0], dq.operands[1], dq.operand(2)
         assert scale is not None
         made = rw.op("q.dequantize", codes, _times(rw, scale, alpha), zero, type=dq.result.type, **dq.attrs)
-        weight = _moved_again(rw, weight, dq.result, made)
+        weight = moved_again(rw, weight, dq.result, made)
     if bias is not None and beta != 1.0:
         bias = _times(rw, bias, beta)
     return rw.op("onnx.Gemm", x, weight, bias, type=op.result.type, transB=op.attrs.get("transB", 0))
@@ -286,7 +286,7 @@ def refit_weight(op: Op, rw: Rewriter) -> Value:
         codes, zero = _in_type(rw, codes, found.dtype), zero and _in_type(rw, zero, found.dtype)
     made = rw.op("q.dequantize", codes, scale, zero, type=dq.result.type, **{**dq.attrs, "scheme": found})
     beside = slots(op)[1]
-    return _again(rw, *with_operands(op, {beside: _moved_again(rw, op.operands[beside], dq.result, made)}))
+    return _again(rw, *with_operands(op, {beside: moved_again(rw, op.operands[beside], dq.result, made)}))
 
 
 def _others(scheme: Scheme) -> list[Scheme]:
@@ -327,7 +327,7 @@ def lift_bfloat(op: Op, rw: Rewriter) -> Value:
     wide = TensorType(F32, dq.result.tensor.shape)
     made = rw.op("q.dequantize", dq.operands[0], single(rw, scale), dq.operand(2), type=wide, **dq.attrs)
     x = rw.op("onnx.Cast", lin.x, type=TensorType(F32, lin.x.tensor.shape), to=FLOAT_CODE)
-    weight = _moved_again(rw, op.operands[1], dq.result, made)
+    weight = moved_again(rw, op.operands[1], dq.result, made)
     rest = [None if v is None else single(rw, v) for v in op.operands[2:]]
     y = rw.op(op.name, x, weight, *rest, type=TensorType(F32, op.result.tensor.shape), **op.attrs)
     return rw.op("onnx.Cast", y, type=op.result.type, to=BFLOAT_CODE)
