@@ -95,7 +95,7 @@ def _weight_gap(x: Array, seen: Floats, floor: Floats | None, scheme: Scheme, *,
     if scheme.bits <= 4:
         # Their scales have few significant bits: one that was rounded down leaves the ends of the range out.
         levels = scheme.dtype.qmax - scheme.dtype.qmin
-        error = np.maximum(error - levels * 2 * half * 2.0 ** -(SCALE_BITS + 1), 0.0)
+        error = np.maximum(error - levels * 2 * half * 2.0**-SCALE_BITS, 0.0)
     if shrunk:
         center = None if middle is None else spread(middle.astype(np.float64), x.shape, scheme)
         error = np.maximum(error - _cut_off(x.astype(np.float64), half, center, scheme), 0.0)

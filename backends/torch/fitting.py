@@ -22,8 +22,8 @@ def refuse_other_width(graph: Graph, name: str) -> None:
     have, here = dict(graph.meta.get("metadata", ())).get(WIDTH, ""), width_here()
     if have and have != here:
         raise InputError(
-            f"QC206: the int4 weights of {name} are packed for {have}, and torch runs its {here} code here, which reads "
-            f"other numbers from them; compile for torch-cpu on this machine"
+            f"QC206: the int4 weights of {name} are packed for {have}, and torch runs its {here} code here, which "
+            f"reads other numbers from them; compile for torch-cpu on this machine"
         )
 
 

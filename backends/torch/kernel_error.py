@@ -9,10 +9,10 @@ import numpy as np
 from qcompiler.dtypes import Array
 from qcompiler.ir import Op
 
-BF16 = 2.0**-9
+BF16 = 2.0**-8
 """Relative error of one rounding to bf16."""
-_ROUNDED = 4
-"""Roundings to bf16 on the way of a product: the activation, the weight, the sum; and one for the sums in f32."""
+_ROUNDED = 3.5
+"""Roundings to bf16 on the way of a product: activation, weight, result; and half of one for the sums in f32."""
 
 
 def error_of(op: Op, operands: Sequence[Array | None]) -> Array | float:
