@@ -213,11 +213,18 @@ def _conv_size(
 # -- codes of activations ------------------------------------------------------------------------------------
 
 
-def _codes(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """``clamp(round(x / scale) + zero, 0, 255)``, rounded half to even; one temporary of 4 bytes an element."""
+_MIDDLE = 1.5 * 2.0**23
+"""Added to an f32 below 2^22 it rounds that to an integer, half to even, and leaves it in the low bits."""
+
+
+def _codes(x: torch.Tensor, scale: torch.Tensor, zero: int) -> torch.Tensor:
+    """``clamp(round(x / scale) + zero, 0, 255)``, rounded half to even; one temporary of 4 bytes an element.
+
+    Clamped before it is rounded, which gives the same since the bounds are integers, and shifted in uint8.
+    """
     wide = x.div(scale) if x.dtype is torch.float32 else x.to(torch.float32).div_(scale)
-    # By way of int32: from floats straight to uint8 torch takes three times as long.
-    return wide.round_().add_(zero).clamp_(0, 255).to(torch.int32).to(torch.uint8)
+    wide.clamp_(-zero, 255 - zero).add_(_MIDDLE)
+    return wide.view(torch.int32).to(torch.uint8).add_(zero)
 
 
 def _check_floats(op: str, x: torch.Tensor) -> None:
@@ -227,7 +234,7 @@ def _check_floats(op: str, x: torch.Tensor) -> None:
 
 def _quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     _check_floats("quantize", x)
-    return _codes(x, scale, zero)
+    return _codes(x, scale, int(zero))
 
 
 def _quantize_dynamic(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -246,8 +253,9 @@ def _quantize_dynamic(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     exact = (hi - lo) / 255.0
     step = ctypes.c_float(max(exact, _TINY) if exact > 0 else 1.0).value  # rounded to f32
     scale = torch.scalar_tensor(step, dtype=torch.float32, device=x.device)
-    zero = torch.scalar_tensor(min(round(-lo / step), 255), dtype=torch.uint8, device=x.device)
-    return _codes(x, scale, zero), scale, zero
+    point = min(round(-lo / step), 255)
+    zero = torch.scalar_tensor(point, dtype=torch.uint8, device=x.device)
+    return _codes(x, scale, point), scale, zero
 
 
 def _quantize_fake(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:

@@ -127,6 +127,14 @@ def same_codes(x: torch.Tensor) -> None:
     np.testing.assert_array_equal(Q.quantize(x, s, z).numpy(), wanted)
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 127, 128, 255])
+def test_ties_are_rounded_to_even_before_the_zero_point_is_added(zero: int) -> None:
+    x = np.concatenate([np.arange(-300, 300) / 2, [-1e30, 1e30, -np.inf, np.inf]]).astype(np.float32)
+    scheme, point = parse_scheme("uint8 tensor asym"), np.asarray(zero, np.uint8)
+    got = Q.quantize(torch.from_numpy(x), torch.tensor(1.0), torch.tensor(zero, dtype=torch.uint8))
+    np.testing.assert_array_equal(got.numpy(), numerics.quantize(x, np.float32(1) * np.ones(()), point, scheme))
+
+
 def test_nothing_has_no_range() -> None:
     codes, scale, zero = Q.quantize_dynamic(torch.empty(0, 3))
     assert codes.shape == (0, 3) and (scale.item(), zero.item()) == (1.0, 0)
