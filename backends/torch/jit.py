@@ -12,15 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import ShortenTraceback
 
 from qcompiler.backends.torch import jit_release
-from qcompiler.backends.torch.jit_compile import Order, compile_graph, compile_untouched
+from qcompiler.backends.torch.jit_compile import Order, compile_untouched
 from qcompiler.backends.torch.jit_growing import marked
 from qcompiler.backends.torch.jit_names import Names, name_placeholders, owners_in_training
 from qcompiler.backends.torch.jit_options import Options, read_options
+from qcompiler.backends.torch.jit_run import CompiledGraph
 from qcompiler.errors import Error, InputError
 
 
@@ -51,7 +52,7 @@ def _compiled(module: fx.GraphModule, example_inputs: Sequence[Any], options: Op
         order = Order(aot, names, options, target)
         if not any(h.tensor.is_floating_point() and h.tensor.ndim > 1 for h in names.held.values()):
             return compile_untouched(order, examples)
-        return marked(compile_graph(order, examples), aot, names)
+        return marked(CompiledGraph(order, examples), aot, names)
 
     def training(aot: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         raise InputError(f"{_ONLY}, and this graph needs gradients; run it under torch.no_grad()")
@@ -74,11 +75,33 @@ def _check_inference(names: Names, example_inputs: Sequence[Any]) -> None:
     if not torch.is_grad_enabled():
         return
     for i, value in enumerate(example_inputs):
-        if isinstance(value, torch.Tensor) and value.requires_grad and i not in names.held:
+        if isinstance(value, torch.Tensor) and i not in names.held and _wants_gradients(value):
             name = names.inputs.get(i, str(i))
             raise InputError(
                 f"{_ONLY}, and its input {name!r} needs gradients; detach it, or run the model under torch.no_grad()"
             )
+
+
+def _wants_gradients(value: torch.Tensor) -> bool:
+    """Whether gradients of ``value`` would reach anything but parameters: those of a model in eval mode are in no use.
+
+    What runs between two graphs computes with the parameters themselves, so its results ask for gradients too.
+    """
+    if not value.requires_grad:
+        return False
+    if value.grad_fn is None:
+        return not isinstance(value, nn.Parameter)
+    seen, stack = {value.grad_fn}, [value.grad_fn]
+    while stack:
+        step = stack.pop()
+        leaf = getattr(step, "variable", None)
+        if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter):
+            return True
+        for before, _ in step.next_functions:
+            if before is not None and before not in seen:
+                seen.add(before)
+                stack.append(before)
+    return False
 
 
 def _target(example_inputs: Sequence[Any]) -> str:

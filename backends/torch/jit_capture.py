@@ -56,13 +56,10 @@ def arguments_of(module: fx.GraphModule) -> list[int | None]:
     return out
 
 
-def capture_graph(
-    module: fx.GraphModule, names: Names, tensors: Mapping[int, torch.Tensor] | None = None
-) -> CapturedGraph:
+def capture_graph(module: fx.GraphModule, names: Names) -> CapturedGraph:
     """The inference graph ``module`` of AOTAutograd; parameters and buffers that it does not write to are constants.
 
-    ``names`` are of dynamo's placeholders. ``tensors`` are the parameters by position where they are no longer those
-    that ``names`` hold. Raises InputError, in one sentence, for what cannot be carried.
+    ``names`` are of dynamo's placeholders. Raises InputError, in one sentence, for what cannot be carried.
     """
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     sizes = [s for n in module.graph.nodes for s in symbolic(n.meta.get("val"))]
@@ -80,7 +77,7 @@ def capture_graph(
                 value.meta["written"] = True
             captured.places[value] = place
         else:
-            tensor = held.tensor if tensors is None else tensors[place]
+            tensor = held.tensor
             value = known.get(id(tensor)) or _weight(captured, held, tensor, place)
             known[id(tensor)] = value
         reader.env[node] = value

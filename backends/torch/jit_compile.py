@@ -1,12 +1,13 @@
-"""One graph of torch.compile on its way: recipe, verdict, packed weights, and what runs at each call."""
+"""One graph of torch.compile on its way: recipe, verdict, packed weights."""
 
 from __future__ import annotations
 
 import fnmatch
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,14 +16,14 @@ from torch import fx, nn
 from qcompiler import driver
 from qcompiler.backends.base import Captured
 from qcompiler.backends.torch import jit_cache, jit_release, jit_reports
-from qcompiler.backends.torch.jit_capture import CapturedGraph, capture_graph
+from qcompiler.backends.torch.jit_capture import CapturedGraph, arguments_of, capture_graph
 from qcompiler.backends.torch.jit_inner import Runner, default_inner, inner_compile
 from qcompiler.backends.torch.jit_lift import Lifted, examples_for, lift
 from qcompiler.backends.torch.jit_names import Names
 from qcompiler.backends.torch.jit_options import Options
 from qcompiler.calibrate.data import open_data
 from qcompiler.driver import Job
-from qcompiler.errors import BadWeights, InputError, RecipeError, RejectedError
+from qcompiler.errors import BadWeights, RecipeError, RejectedError
 from qcompiler.payload import Payload
 from qcompiler.report.model import Report
 
@@ -31,7 +32,7 @@ KIND = "torch.compile"
 
 @dataclass
 class Prepared:
-    """A graph after the passes: the job that has its sites, and the module to run where it was not rejected."""
+    """A graph after the passes: the job that has its sites, and the module to run where every site has a kernel."""
 
     job: Job
     source: Captured
@@ -51,15 +52,18 @@ class Order:
     options: Options
     target: str
 
-    def prepare(self, tensors: Mapping[int, torch.Tensor] | None = None) -> Prepared:
+    def prepare(self) -> Prepared:
         """Run the recipe on the graph, with the parameters as they are now."""
-        captured = capture_graph(self.module, self.names, tensors)
+        captured = capture_graph(self.module, self.names)
         source = Captured(captured.graph, KIND)
         job = driver.start(self.target, self.options.recipe, self.options.phases, None)
         job.ctx.partial = self._partial(captured)
         if self.options.calibration is not None:
             driver.calibrate_with(job, open_data(self.options.calibration))
-        driver.run_recipe(job, captured.graph)
+        try:
+            driver.run_recipe(job, captured.graph)
+        except BadWeights as e:
+            driver.refuse_weights(job, e)
         driver.settle(job, captured.graph)
         if any(op.name.startswith("q.") for op in captured.graph.walk()):
             return Prepared(job, source, captured, None)
@@ -82,82 +86,62 @@ class Order:
             for key in ("match", "skip"):
                 for glob in getattr(item, key, ()):
                     if not fnmatch.filter(sites, glob):
-                        some = ", ".join(n.removesuffix(".weight") for n in everywhere[:6])
-                        raise RecipeError(
-                            f"QC402: {item.name}.{key} = {glob!r} matches no weight; there are {some}, ..."
-                        )
+                        has = ", ".join(n.removesuffix(".weight") for n in everywhere[:6])
+                        raise RecipeError(f"QC402: {item.name}.{key} = {glob!r} matched nothing; sites are: {has}, ...")
         return True
 
+    def rebound(self, args: Sequence[Any]) -> Order:
+        """The same graph for the parameters in ``args``: another module that runs the same code."""
+        sources = enumerate(arguments_of(self.module))
+        tensors = {s: args[place] for place, s in sources if s is not None and s in self.names.held}
+        return replace(self, names=self.names.rebound(tensors))
 
-# -- running -------------------------------------------------------------------------------------------------
+    def inner(self) -> tuple[str, str]:
+        """What runs the graph, and a remark."""
+        return (self.options.inner, "") if self.options.inner is not None else default_inner()
 
 
 @dataclass(eq=False)
-class CompiledGraph:
-    """What AOTAutograd calls: one list of arguments in, the outputs out.
+class Variant:
+    """A graph for one set of weights. ``key`` says what the runner was compiled for, the values of weights apart.
 
-    Before each call it compares the parameters that were packed with those it is given: another tensor, or one that was
-    written to in place, is packed anew.
+    ``watched`` are the parameters that decide: place, the tensor as it was, its version where its values were packed.
+    ``floats`` are the parameters whose values it reads at each call.
     """
 
-    order: Order
-    lifted: Lifted
+    read: tuple[int, ...]
     runner: Runner
+    key: str
     constants: list[torch.Tensor] = field(default_factory=list)
     watched: list[tuple[int, weakref.ref[torch.Tensor], int | None]] = field(default_factory=list)
-    after: Callable[[Sequence[Any]], None] | None = None
-    _boxed_call = True
+    floats: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
 
-    def __call__(self, args: list[Any]) -> Sequence[Any]:
+    def fits(self, args: Sequence[Any]) -> bool:
+        """True when the parameters are those that were packed, and nobody has written to them since."""
         for place, packed, version in self.watched:
             now = args[place]
             if now is not packed() or (version is not None and now._version != version):  # type: ignore[union-attr]
-                self._pack_again(args)
-                break
-        inputs = [args[place] for place in self.lifted.read]
-        inputs += self.constants
-        args.clear()
-        out = self.runner(inputs)
-        if self.after is not None:
-            self.after(out)
-        return out
+                return False
+        return True
 
-    def reads(self, tensor: torch.Tensor) -> bool:
-        """True when this graph needs the values of ``tensor`` at each call."""
-        return any(ref() is tensor for ref in self.floats)
+    def alive(self) -> bool:
+        """False when a parameter of it is gone."""
+        return all(ref() is not None for _, ref, _ in self.watched)
 
-    floats: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
-
-    def watch(self, weights: Mapping[Any, int]) -> None:
-        """Remember the parameters ``weights`` (payloads by place) as they are now."""
-        self.watched, self.floats = [], []
-        for payload, place in weights.items():
-            tensor = payload.tensor
-            if place in self.lifted.read:
-                self.floats.append(weakref.ref(tensor))
-            elif jit_cache.is_released(tensor) or tensor.is_inference():
-                self.watched.append((place, weakref.ref(tensor), None))
-            else:
-                self.watched.append((place, weakref.ref(tensor), payload.version))
-
-    def _pack_again(self, args: Sequence[Any]) -> None:
-        tensors = {i: a for i, a in enumerate(args) if isinstance(a, torch.Tensor)}
-        with real_tensors(), jit_release.unveiled():
-            prepared = self.order.prepare(tensors)
-            if prepared.lifted is None or not prepared.report().accepted:
-                final = prepared.report()
-                raise RejectedError(driver.rejection(final), final)
-            if prepared.lifted.module.code != self.lifted.module.code:
-                raise InputError(
-                    "a parameter was changed after torch.compile packed it, and its new values need another graph; "
-                    "call torch.compiler.reset() before you go on"
-                )
-            self.lifted = prepared.lifted
-            self.constants = [jit_cache.packed(p) for p in prepared.lifted.constants]
-            self.watch(prepared.captured.weights)
+    def watch(self, captured: CapturedGraph) -> None:
+        """Remember the parameters of ``captured`` as they are now."""
+        for payload, place in captured.weights.items():
+            tensor, ref = payload.tensor, weakref.ref(payload.tensor)
+            if place in self.read:
+                self.floats.append(ref)
+            if len(payload.shape) < 2 and place in self.read:
+                continue
+            held = place in self.read or jit_cache.is_released(tensor) or tensor.is_inference()
+            self.watched.append((place, ref, None if held else payload.version))
 
 
-_live: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+_live: weakref.WeakSet[Variant] = weakref.WeakSet()
+"""Variants that may be called again: what they read in float is not freed."""
 
 
 @contextmanager
@@ -170,42 +154,45 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
-# -- compiling -----------------------------------------------------------------------------------------------
+def make_variant(order: Order, examples: Sequence[Any], known: Mapping[str, Runner]) -> Variant:
+    """The compiled form of ``order``; of the graph as it was where it is rejected and ``on_reject`` is float.
 
-
-def compile_graph(order: Order, examples: Sequence[Any]) -> Callable[[list[Any]], Sequence[Any]]:
-    """The compiled form of ``order``, or of the graph as it was, where it was rejected and ``on_reject`` is float.
-
-    ``examples`` are the fake arguments of the graph. Raises RejectedError with the report, or what a pass raises.
+    ``examples`` are the fake arguments of the graph, ``known`` what was compiled for other weights. Raises
+    RejectedError with the report, or what a pass raises.
     """
-    options = order.options
     with real_tensors():
         prepared = order.prepare()
         final = prepared.report()
-    note = _inner(options)
-    if note[1]:
-        prepared.job.notes.append(note[1])
+    inner, remark = order.inner()
+    if remark:
+        prepared.job.notes.append(remark)
     if prepared.lifted is None or not final.accepted:
-        return _rejected(order, final, examples, note[0])
+        return _rejected(order, prepared, final, examples)
     lifted = prepared.lifted
-    runner = inner_compile(lifted.module, examples_for(lifted, examples), note[0])
-    made = CompiledGraph(order, lifted, runner)
+    key = _key(lifted)
+    runner = known.get(key) or inner_compile(lifted.module, examples_for(lifted, examples), inner)
+    made = Variant(lifted.read, runner, key)
     with real_tensors():
         try:
-            made.constants = _pack(prepared, lifted, options, made)
+            made.constants = _pack(prepared, lifted, order.options)
         except BadWeights as e:
             driver.refuse_weights(prepared.job, e)
-            return _rejected(order, prepared.report(), examples, note[0])
+            return _rejected(order, prepared, prepared.report(), examples)
         driver.grade(prepared.job)
-        made.watch(prepared.captured.weights)
+        made.watch(prepared.captured)
     _live.add(made)
-    _deliver(options, prepared.report())
+    _deliver(order.options, prepared.report())
     return made
+
+
+def _key(lifted: Lifted) -> str:
+    constants = [f"{p.dtype}{list(p.shape)}" for p in lifted.constants]
+    return f"{lifted.module.code}\n{lifted.read}\n{constants}"
 
 
 def compile_untouched(order: Order, examples: Sequence[Any]) -> Callable[[list[Any]], Sequence[Any]]:
     """The graph as it is, run by what is underneath."""
-    runner = inner_compile(order.module, examples, _inner(order.options)[0])
+    runner = inner_compile(order.module, examples, order.inner()[0])
 
     def run(args: list[Any]) -> Sequence[Any]:
         return runner(args)
@@ -214,37 +201,39 @@ def compile_untouched(order: Order, examples: Sequence[Any]) -> Callable[[list[A
     return run
 
 
-def _inner(options: Options) -> tuple[str, str]:
-    return (options.inner, "") if options.inner is not None else default_inner()
-
-
 def _deliver(options: Options, report: Report) -> None:
     jit_reports.keep(report)
     options.deliver(report)
 
 
-def _rejected(order: Order, final: Report, examples: Sequence[Any], inner: str) -> Callable[[list[Any]], Sequence[Any]]:
+def _rejected(order: Order, prepared: Prepared, final: Report, examples: Sequence[Any]) -> Variant:
     _deliver(order.options, final)
     if order.options.on_reject == "error":
         raise RejectedError(driver.rejection(final), final)
     sites = [s.name for s in final.sites if s.status == "unfused"] or [f.op for f in final.findings]
     _warn_once(tuple(sites), driver.rejection(final))
-    return compile_untouched(order, examples)
+    runner = inner_compile(order.module, examples, order.inner()[0])
+    made = Variant(tuple(range(len(examples))), runner, "as it was")
+    with real_tensors():
+        made.watch(prepared.captured)
+    _live.add(made)
+    return made
 
 
 _warned: set[tuple[str, ...]] = set()
 
 
 def _warn_once(sites: tuple[str, ...], why: str) -> None:
-    import warnings
-
     if sites not in _warned:
         _warned.add(sites)
         names = ", ".join(sites[:8]) + (f" and {len(sites) - 8} more" if len(sites) > 8 else "")
-        warnings.warn(f"torch.compile: the graph runs in float, because of {names}: {why}", stacklevel=2)
+        warnings.warn(f"torch.compile: the graph runs in float because of {names}: {why}", stacklevel=2)
 
 
-def _pack(prepared: Prepared, lifted: Lifted, options: Options, made: CompiledGraph) -> list[torch.Tensor]:
+# -- packing -------------------------------------------------------------------------------------------------
+
+
+def _pack(prepared: Prepared, lifted: Lifted, options: Options) -> list[torch.Tensor]:
     """The values of the constants, each weight's together; with ``release_weights`` it is freed right after."""
     sources = {id(p): {id(w): w for w in jit_cache.weights_behind(p)} for p in lifted.constants}
     left: dict[int, int] = {}
@@ -272,15 +261,15 @@ def _first(payload: Payload, captured: CapturedGraph) -> int:
 
 def _freeable(prepared: Prepared, lifted: Lifted, sources: Mapping[int, Mapping[int, Any]]) -> set[int]:
     """The weights whose packed form is all that any graph needs; none when one of them cannot be packed."""
-    packed = {key: w for behind in sources.values() for key, w in behind.items()}
     found: set[int] = set()
-    for key, weight in packed.items():
+    for key, weight in {k: w for behind in sources.values() for k, w in behind.items()}.items():
         tensor = weight.tensor
         if jit_cache.is_released(tensor):
             continue
         if not all(torch.isfinite(v).item() for v in torch.aminmax(tensor.detach())):
             return set()
-        read = prepared.captured.weights[weight] in lifted.read or any(g.reads(tensor) for g in _live)
+        read = prepared.captured.weights[weight] in lifted.read
+        read = read or any(ref() is tensor for variant in _live for ref in variant.floats)
         if not read and type(tensor) is nn.Parameter:
             found.add(key)
     return found

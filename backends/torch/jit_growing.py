@@ -17,8 +17,8 @@ from torch import fx
 
 from qcompiler.backends.torch.dims import symbolic
 from qcompiler.backends.torch.jit_capture import arguments_of, sizes_of
-from qcompiler.backends.torch.jit_compile import CompiledGraph
 from qcompiler.backends.torch.jit_names import Names
+from qcompiler.backends.torch.jit_run import CompiledGraph
 
 
 def marked(made: Callable[..., Any], module: fx.GraphModule, names: Names) -> Callable[..., Any]:

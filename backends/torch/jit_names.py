@@ -7,40 +7,74 @@ break has cut apart use the names of the whole.
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from qcompiler.errors import InputError
+
 _HELD = re.compile(r"(?P<owner>.*)\._(?P<role>parameter|buffer)s\['(?P<leaf>[^']*)'\]\Z")
 _CHAIN = re.compile(r"(?P<root>.*?)(?P<chain>(?:\._modules\['[^']*'\])*)\Z")
 _WORD = re.compile(r"\['([^']*)'\]|\[(-?\d+)\]|\.(\w+)(?:\(\))?")
 _SCOPE = re.compile(r"@\d+")
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _CALLERS = ("_wrapped_call_impl", "_call_impl")
 
 
 @dataclass(frozen=True)
 class Held:
-    """A parameter or buffer that a graph reads. ``owner`` is dynamo's expression of the module that has it."""
+    """A parameter or buffer that a graph reads. ``owner`` is dynamo's expression of the module that has it, ``root``
+    the part of that before the modules inside each other, ``inside`` its name from there on."""
 
-    tensor: torch.Tensor
+    ref: weakref.ref[torch.Tensor]
     name: str
     role: str
-    owner: str = ""
+    owner: str
+    root: str
+    inside: str
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor; raises InputError when the model is gone."""
+        tensor = self.ref()
+        if tensor is None:
+            raise InputError(f"parameter {self.name!r} is gone, and the graph that reads it was called")
+        return tensor
 
 
 @dataclass
 class Names:
-    """Names for one graph of dynamo. ``held`` and ``inputs`` are by the position of the placeholder."""
+    """Names for one graph of dynamo; it keeps no tensor alive. ``held`` and ``inputs`` are by the position of the
+    placeholder, ``roots`` are the qualified names of what dynamo's expressions begin with."""
 
     held: dict[int, Held] = field(default_factory=dict)
     inputs: dict[int, str] = field(default_factory=dict)
     roots: dict[str, str] = field(default_factory=dict)
-    module: nn.Module | None = None
+    home: weakref.ref[nn.Module] | None = None
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that is called, where it was found."""
+        return None if self.home is None else self.home()
+
+    def rebound(self, tensors: Mapping[int, torch.Tensor]) -> Names:
+        """The same for other ``tensors`` in the places of those that are held: another module, the same code."""
+        new = Names({}, self.inputs, dict(self.roots), self.home)
+        known = _qualified(self.module)
+        for i, held in self.held.items():
+            tensor = tensors[i]
+            name = known.get(id(tensor), held.name)
+            if name.endswith(held.inside) and id(tensor) in known:
+                new.roots[held.root] = name.removesuffix(held.inside).removesuffix(".")
+            new.held[i] = replace(held, ref=weakref.ref(tensor), name=name)
+        return new
 
     def scope(self, text: str) -> str:
         """The qualified name of the module that dynamo calls ``text`` (``L['self'].layers[0]``)."""
@@ -70,29 +104,31 @@ def name_placeholders(module: fx.GraphModule, example_inputs: Sequence[Any]) -> 
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     sources = {i: source_of(n) for i, n in enumerate(nodes)}
     tensors = {i: v for i, v in enumerate(example_inputs) if isinstance(v, torch.Tensor)}
-    parts = {i: m for i, s in sources.items() if i in tensors and (m := _HELD.match(s)) is not None}
-    found = Names(module=called_module([v for i, v in tensors.items() if i in parts]))
-    known = _qualified(found.module)
-    chains = {i: _CHAIN.fullmatch(m["owner"]) for i, m in parts.items()}
-    roots = sorted({c["root"] for c in chains.values() if c is not None})
-    found.roots = _prefixes(roots)
-    for i, m in parts.items():
-        chain = chains[i]
-        assert chain is not None
-        inside = ".".join(w for w in (plain(chain["chain"]), m["leaf"]) if w)
-        name = known.get(id(tensors[i])) or ".".join(w for w in (found.roots[chain["root"]], inside) if w)
-        if id(tensors[i]) in known and name.endswith(inside):
-            found.roots[chain["root"]] = name.removesuffix(inside).removesuffix(".")
-        found.held[i] = Held(tensors[i], name, m["role"], m["owner"])
-    found.inputs = {i: _argument(s, nodes[i].name) for i, s in sources.items() if i not in found.held}
-    return found
+    found = Names()
+    for i, tensor in tensors.items():
+        if (part := _HELD.match(sources[i])) is not None and (chain := _CHAIN.fullmatch(part["owner"])) is not None:
+            inside = ".".join(w for w in (plain(chain["chain"]), part["leaf"]) if w)
+            held = Held(weakref.ref(tensor), inside, part["role"], part["owner"], chain["root"], inside)
+            found.held[i] = held
+    found.roots = _prefixes(sorted({h.root for h in found.held.values()}))
+    for i, held in found.held.items():
+        found.held[i] = replace(held, name=".".join(w for w in (found.roots[held.root], held.inside) if w))
+    called = called_module([tensors[i] for i in found.held])
+    found.inputs = {i: _argument(s, nodes[i].name, called) for i, s in sources.items() if i not in found.held}
+    found.home = None if called is None else weakref.ref(called)
+    return found.rebound({i: tensors[i] for i in found.held})
 
 
-def _argument(source: str, fallback: str) -> str:
+def _argument(source: str, fallback: str, module: nn.Module | None) -> str:
     """What the user calls an argument: ``L['kwargs']['input_ids']`` is ``input_ids``."""
     words = plain(source[1:] if source.startswith(("L[", "G[")) else source)
-    words = re.sub(r"\A(kwargs|args)\.", "", words)
-    return words or fallback
+    if words.startswith("kwargs."):
+        return words.removeprefix("kwargs.")
+    number = re.match(r"args\.(\d+)", words)
+    if number is None or module is None:
+        return words or fallback
+    taken = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in _POSITIONAL]
+    return words if int(number[1]) >= len(taken) else taken[int(number[1])].name + words[number.end() :]
 
 
 def _prefixes(roots: Sequence[str]) -> dict[str, str]:
@@ -138,7 +174,10 @@ def _modules_on_the_stack() -> Iterator[tuple[nn.Module, bool]]:
     while frame is not None:
         code, found, compiled = frame.f_code, None, False
         if code.co_filename.endswith("eval_frame.py") and "fn" in (*code.co_freevars, *code.co_varnames):
-            found, compiled = getattr(frame.f_locals.get("fn"), "__self__", None), True
+            called = frame.f_locals.get("fn")
+            found, compiled = getattr(called, "__self__", None), True
+            if found is None:  # a module of torch's own is called through a function around it
+                found = getattr(getattr(called, "__wrapped__", None), "__self__", None)
         elif code.co_name in _CALLERS and code.co_filename.endswith("module.py"):
             found = frame.f_locals.get("self")
         if isinstance(found, nn.Module):
@@ -161,18 +200,17 @@ def owners_in_training(names: Names) -> list[str]:
 
 def _owner(held: Held, names: Names, scopes: Mapping[str, Any] | None) -> nn.Module | None:
     if names.module is not None:
-        path = held.name.rpartition(".")[0]
-        try:
-            return names.module.get_submodule(path)
-        except AttributeError:
-            pass  # the tensor is not the module's own: dynamo's expression says whose it is
+        owner = dict(names.module.named_modules()).get(held.name.rpartition(".")[0])
+        if owner is not None:
+            return owner
     if scopes is None:
         return None
     try:
-        owner = eval(held.owner, {"__builtins__": {}}, dict(scopes))
+        found = eval(held.owner, {"__builtins__": {}}, dict(scopes))
     except Exception:
         return None
-    return owner if isinstance(owner, nn.Module) else None
+    module: nn.Module | None = found if isinstance(found, nn.Module) else None
+    return module
 
 
 def _scopes() -> dict[str, Any] | None:

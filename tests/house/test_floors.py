@@ -99,9 +99,10 @@ FLOORS: dict[str, int] = {
     "qcompiler.backends": 4,
     "qcompiler.backends.*": 4,
     # What torch calls: a way in, as the command line is.
-    "qcompiler.backends.torch.jit": 5,
-    "qcompiler.backends.torch.jit_compile": 5,
-    "qcompiler.backends.torch.jit_growing": 5,
+    "qcompiler.backends.torch.jit": 6,
+    "qcompiler.backends.torch.jit_compile": 6,
+    "qcompiler.backends.torch.jit_run": 6,
+    "qcompiler.backends.torch.jit_growing": 6,
     "qcompiler.backends.torch.jit_options": 5,
     # A recipe names passes, so it stands above them.
     "qcompiler.recipe": 4,
