@@ -10,6 +10,18 @@ Both products are oneDNN's, for uint8 activations and int8 weights. What decides
   - The first call at a new M makes a kernel: 0.5 to 9 ms, once. The weight is packed at the first call, and the packed
     copy stays beside the plain one: twice the bytes of the codes.
 
+  - Beside its work a call costs 40 us: 20 in oneDNN, 20 to quantize the activation. Against the float op of the same
+    activation, on one thread, with the activation quantized anew each time:
+
+      N x K         M=1 f32, bf16    M=16         M=512
+      256 x 256     0.2, 0.3         0.4, 0.4     2.0, 1.0
+      1024 x 1024   0.7, 1.0         2.7, 1.5     3.4, 1.6
+      2048 x 2048   2.6, 4.2         3.1, 2.6     4.2, 1.8
+      8192 x 2048   2.2, 2.5         6.5, 2.2     4.7, 1.9
+
+  - Convolutions: oneDNN computes channels last and torch's usual layout is turned around it, which depthwise, grouped
+    and narrow ones do not earn back: 0.3 to 0.9 of the speed of f32 (16 to 96 channels), dense ones 1.1 to 9.
+
 What has no row, and why:
   - activations scaled per token: the kernels take one scale and one zero point for all rows.
   - weights with zero points: the kernels drop them.
@@ -30,7 +42,9 @@ QLINEAR, QCONV = "torch-cpu/qlinear.u8s8", "torch-cpu/qconv.u8s8"
 _MEASURED = "tests/backends/torch/test_kernels_integer.py ran it: numbers, ragged shapes, temporary memory"
 _FLOATS = frozenset({"f32", "bf16", "f16"})
 _EXACT = "products summed in int32, exact; scaled and biased in f32"
-_NOTE = "the weight is packed at the first call, and the packed copy stays beside the plain one"
+_PACKED = "the weight is packed at the first call, and the packed copy stays beside the plain one"
+_SMALL = "40 us a call beside its work: slower than float where N x K is under about 10^6 and M is 1"
+_NARROW = "0.3 to 0.9 of the speed of f32 for depthwise, grouped and narrow convolutions that are not channels-last"
 
 
 def _product(op: str, name: str, entry: str, **more: Any) -> KernelRow:
@@ -47,7 +61,7 @@ def _product(op: str, name: str, entry: str, **more: Any) -> KernelRow:
         layout="",
         evidence=_MEASURED,
         needs=frozenset({"x86_64", "vnni"}),
-        note=_NOTE,
+        note=f"{_PACKED}; {_SMALL if name == QLINEAR else _NARROW}",
         x_codes=frozenset({"uint8"}),
         **more,
     )
