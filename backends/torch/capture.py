@@ -57,12 +57,14 @@ def load(program: ExportedProgram | str | Path, notes: Notes | None = None) -> G
         program, stored = open_lazily(path)
         notes = Notes.inside(path)
     notes = notes or Notes()
+    program, classes = subclasses.plain(program)
     symbols = {str(s): name for s, name in program_symbols(program, notes.sizes).items()}
     graph = Graph("main", "aten")
     capture = BodyReader(symbols)
     _declare(graph, capture, program, stored)
     returned = capture.body(program.graph_module, graph)
     _call_convention(graph, program, capture, returned)
+    subclasses.tell(graph, classes)
     if notes.metadata:
         graph.meta["metadata"] = tuple(notes.metadata.items())
     return graph

@@ -27,6 +27,7 @@ from qcompiler.backends.torch.notes import FILE, Notes
 from qcompiler.backends.torch.package import StandIns, save
 from qcompiler.backends.torch.quiet import one_sentence, quietly
 from qcompiler.backends.torch.specs import parse_spec
+from qcompiler.backends.torch.subclasses import is_wrapped
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
 
@@ -54,7 +55,7 @@ def captured_from(source: Any, args: Any, dynamic_shapes: Any, progress: Progres
     graph = load(program)
     _refuse_training(graph)
     captured = Captured(graph, found.kind, found.path, found.sha256)
-    if _bytes(program) <= COMPARE_LIMIT:
+    if not any(map(is_wrapped, program.state_dict.values())) and _bytes(program) <= COMPARE_LIMIT:
         captured.reference = _saved(program, captured)
     return captured
 

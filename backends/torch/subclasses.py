@@ -6,12 +6,15 @@ them: a program then reads them by ``export.access_subclass_inner_tensor``. No l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 
 from qcompiler.backends.torch.payload import TorchPayload
+from qcompiler.backends.torch.quiet import one_sentence
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph, Value
 
@@ -32,6 +35,29 @@ def class_of(tensor: Any) -> str:
     """``torchao.quantization.Int8Tensor``."""
     cls = type(tensor)
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def plain(program: ExportedProgram) -> tuple[ExportedProgram, dict[str, str]]:
+    """``program`` with the weights of which it does more than read their parts taken apart by torch, and the classes of
+    those: qualified name -> class. Raises InputError where torch cannot."""
+    names = {s.arg.name: str(s.target) for s in program.graph_signature.input_specs if s.target is not None}
+    wrapped = {n: f for n, f in names.items() if is_wrapped(program.state_dict.get(f))}
+    nodes = [n for n in program.graph_module.graph.nodes if n.op == "placeholder" and n.name in wrapped]
+    if all(ACCESS in str(user.target) for n in nodes for user in n.users):
+        return program, {}
+    classes = {fqn: class_of(program.state_dict[fqn]) for fqn in wrapped.values()}
+    with one_sentence(f"cannot take apart the {next(iter(classes.values()))} weights of the program"):
+        return program.run_decompositions({}), classes
+
+
+def tell(graph: Graph, classes: Mapping[str, str]) -> None:
+    """Note on the parts that torch made of weights which class they were of."""
+    for fqn, cls in classes.items():
+        home, _, leaf = fqn.rpartition(".")
+        prefix = f"{home}{'.' if home else ''}parametrizations.{leaf}."
+        for value in graph.consts.values():
+            if value.name.startswith(prefix):
+                value.meta["class"] = cls
 
 
 def declare(graph: Graph, tensor: torch.Tensor, name: str) -> Inner:
