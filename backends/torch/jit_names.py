@@ -177,7 +177,8 @@ def _modules_on_the_stack() -> Iterator[tuple[nn.Module, bool]]:
             called = frame.f_locals.get("fn")
             found, compiled = getattr(called, "__self__", None), True
             if found is None:  # a module of torch's own is called through a function around it
-                found = getattr(getattr(called, "__wrapped__", None), "__self__", None)
+                inside = getattr(called, "__wrapped__", None)
+                found = inside if isinstance(inside, nn.Module) else getattr(inside, "__self__", None)
         elif code.co_name in _CALLERS and code.co_filename.endswith("module.py"):
             found = frame.f_locals.get("self")
         if isinstance(found, nn.Module):
@@ -189,28 +190,24 @@ def _modules_on_the_stack() -> Iterator[tuple[nn.Module, bool]]:
 
 def owners_in_training(names: Names) -> list[str]:
     """Qualified names of the parameters whose module is in training mode."""
-    modules = _scopes()
+    scopes, known = _scopes(), {} if names.module is None else dict(names.module.named_modules())
     found: list[str] = []
     for held in names.held.values():
-        owner = _owner(held, names, modules)
+        owner = known.get(held.name.rpartition(".")[0]) or _evaluated(held.owner, scopes)
         if owner is not None and owner.training:
             found.append(held.name)
     return found
 
 
-def _owner(held: Held, names: Names, scopes: Mapping[str, Any] | None) -> nn.Module | None:
-    if names.module is not None:
-        owner = dict(names.module.named_modules()).get(held.name.rpartition(".")[0])
-        if owner is not None:
-            return owner
+def _evaluated(expression: str, scopes: Mapping[str, Any] | None) -> nn.Module | None:
+    """The module that dynamo's ``expression`` means where dynamo reads; None where it cannot be told."""
     if scopes is None:
         return None
     try:
-        found = eval(held.owner, {"__builtins__": {}}, dict(scopes))
+        found: Any = eval(expression, {"__builtins__": {}}, dict(scopes))
     except Exception:
         return None
-    module: nn.Module | None = found if isinstance(found, nn.Module) else None
-    return module
+    return found if isinstance(found, nn.Module) else None
 
 
 def _scopes() -> dict[str, Any] | None:
