@@ -22,7 +22,7 @@ from qcompiler.backends.onnx.promised import check_promised
 from qcompiler.backends.onnx.worker import ProbeDied, Worker
 from qcompiler.backends.torch.capture import load
 from qcompiler.backends.torch.conditions import WIDTH
-from qcompiler.backends.torch.generated import inductor_expands, judge_package
+from qcompiler.backends.torch.generated import code_in, inductor_expands, judge_code, judge_package
 from qcompiler.backends.torch.judge import Judgement, NodeVerdict, examine, metadata_of, said
 from qcompiler.backends.torch.reference import WRONG
 from qcompiler.backends.torch.sizing import constant_bytes, phase_feeds
@@ -97,6 +97,11 @@ class TorchEvidence(EvidenceCollector):
             with tempfile.TemporaryDirectory(prefix="qcompiler.evidence.") as folder:
                 self._run(out, path, Path(folder))
         _read(out, self.phases)
+        code = code_in(path)
+        if code is not None:
+            beside = judge_code(code)
+            out.result.notes += beside.evidence.notes
+            out.result.findings += beside.findings
         out.result.findings = list(dict.fromkeys([*judged.findings, *out.result.findings, *check_stored(judged)]))
         return out
 

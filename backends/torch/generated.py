@@ -29,6 +29,9 @@ _CONSTANT = re.compile(r"constants_info_\[(\d+)\]\.(name|dtype|shape|original_fq
 _KERNEL = re.compile(r"(\w+) = async_compile\.cpp_pybinding\(\[([^\]]*)\]")
 _CALL = re.compile(r"^\s*(\w+)\((.*)\);?\s*$")
 _FALLBACK = re.compile(r"(\w+) = torch\.ops\.([\w.]*dequant\w*[\w.]*)\(")
+_DEQUANTIZE = re.compile(r"[\w.]+::\w*dequant\w*")
+FOLDER = "data/aotinductor/"
+"""Where an archive keeps the code."""
 _NARROW = re.compile(r"const (?:u?int8_t|at::Float8_\w+|float8\w*)\s*\*")
 _CODES = {"int8": "int8", "uint8": "uint8", "float8_e4m3fn": "f8e4m3", "float8_e5m2": "f8e5m2"}
 _KERNELS = re.compile(r"_weight_int4pack_mm_for_cpu|_weight_int8pack_mm|qlinear_pointwise|qconv\w*_pointwise|_int_mm\b")
@@ -119,47 +122,70 @@ def _numbers(text: str) -> tuple[int, ...] | None:
 # -- packages ------------------------------------------------------------------------------------------------------
 
 
-def judge_package(path: Path) -> Judged | None:
-    """The verdict on a package of AOTInductor, by its generated code; None for any other file.
+@dataclass(frozen=True)
+class Code:
+    """What AOTInductor left of its work in an archive: sources, and what they call outside of torch (as text)."""
 
-    Raises InputError where the package holds no code to read.
-    """
+    sources: tuple[str, ...]
+    calls: tuple[str, ...]
+    alone: bool
+    """There is no program beside it."""
+
+
+def code_in(path: Path) -> Code | None:
+    """The generated code in the archive at ``path``; None where there is none. Raises InputError for a damaged one."""
     if not path.is_file() or not zipfile.is_zipfile(path):
         return None
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if not any("/aotinductor/" in n for n in names) or any(n.endswith("models/model.json") for n in names):
+            inside = [n for n in archive.namelist() if f"/{FOLDER}" in n]
+            if not inside:
                 return None
-            sources = [archive.read(n).decode(errors="replace") for n in names if n.endswith(".cpp")]
+            texts = {n: archive.read(n).decode(errors="replace") for n in inside if n.endswith((".cpp", ".json"))}
+            alone = not any("/models/" in n and n.endswith(".json") for n in archive.namelist())
     except (zipfile.BadZipFile, OSError, NotImplementedError) as e:
         raise InputError(f"{path.name} is damaged: {e}") from e
-    if not sources:
+    sources = tuple(t for n, t in texts.items() if n.endswith(".cpp"))
+    return Code(sources, tuple(t for n, t in texts.items() if n.endswith(".json")), alone)
+
+
+def judge_package(path: Path) -> Judged | None:
+    """The verdict on a package of AOTInductor without a program, by its generated code; None for any other file.
+
+    Raises InputError where the package holds no code to read.
+    """
+    code = code_in(path)
+    if code is None or not code.alone:
+        return None
+    if not code.sources:
         raise InputError(
             f"{path.name} is a package of AOTInductor without its source code; give the .pt2 of torch.export"
         )
-    return _judge_sources(sources)
+    return judge_code(code)
 
 
-def _judge_sources(sources: Sequence[str]) -> Judged:
-    result = EvidenceResult("static", notes=["a package of AOTInductor: judged by the code that inductor generated"])
+def judge_code(code: Code) -> Judged:
+    """Weights that the code expands, as findings and sites; the low-bit operators that it calls, as a note."""
+    result = EvidenceResult("static", notes=["code of AOTInductor is judged by what inductor generated"])
     sites: list[Site] = []
-    for source in sources:
-        kernels = sorted(set(_KERNELS.findall(source)))
-        if kernels:
-            result.notes.append(f"low-bit operators that it calls: {', '.join(kernels)}")
+    kernels = sorted({k for source in code.sources for k in _KERNELS.findall(source)})
+    if kernels:
+        result.notes.append(f"low-bit operators that the code calls: {', '.join(kernels)}")
+    for source in code.sources:
         for name, codes, shape in _constants(source):
             n, k = shape[0], math.prod(shape[1:])
             halves = [(n, 2 * k)] if codes == "uint8" else []
-            buffers = inductor_expands(source, [shape, (n, k), *halves])
-            if not buffers:
+            at = next((e for e in inductor_expands(source, [shape, (n, k), *halves]) if e.weight), None)
+            if at is None:
                 continue
-            at = buffers[0]
             message = f"'{name}', {codes}{list(shape)}, is expanded to {at.dtype}{list(at.shape)}, {at.bytes} bytes"
             reason = f"inductor writes it to {at.buffer} on each call (line {at.line} of its wrapper)"
             result.findings.append(Finding("QC101", name, message, reason, FIX))
             result.nodes.append(NodeEvidence(name, "inductor", "dequant", facts={"buffer": at.buffer}))
-            sites.append(Site(name, "linear", n, k, n * k * 4, codes, "unfused", reason))
+            sites.append(Site(name, "conv" if len(shape) > 2 else "linear", n, k, n * k * 4, codes, "unfused", reason))
+    for op in sorted({m[0] for text in code.calls for m in _DEQUANTIZE.finditer(text)}):
+        message = f"the code calls {op}"
+        result.findings.append(Finding("QC101", op, message, "it turns codes to floats on each call", FIX))
     return Judged(sites, list(result.findings), result)
 
 
