@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qcompiler.backends.chips import CHIPS, SM, detect_features
-from qcompiler.backends.torch.kernels_integer import CPU_ABSENT, INTEGER_ROWS
+from qcompiler.backends.torch.kernels_integer import CPU_ABSENT, INTEGER_ROWS, runs_with
 from qcompiler.errors import InputError
 from qcompiler.target import KernelRow, Reason, Target
 
@@ -159,7 +159,7 @@ def target(spec: str) -> Target:
 def _cpu(spec: str, arch: str) -> Target:
     if arch and arch not in CHIPS:
         raise InputError(f"target {spec!r}: no chip called {arch!r}; known: {', '.join(CHIPS)}")
-    features = CHIPS[arch] if arch else detect_features()
+    features = CHIPS[arch] if arch else runs_with(detect_features())
     width = vector_width(features, {} if arch else os.environ)
     rows = (*weight_only_rows("avx512" if width == "avx512" else "avx2"), *INTEGER_ROWS)
     return Target("torch-cpu", arch, features if width != "default" else features - _AVX2, rows, "aten", CPU_ABSENT)

@@ -31,6 +31,8 @@ What has no row, and why:
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from qcompiler.requests import BATCHED, SHARED
@@ -113,6 +115,15 @@ INTEGER_ROWS: tuple[KernelRow, ...] = (
     _edge("q.scale", "mul", "scale", "int8", "one rounding a product"),
 )
 """Rows of torch-cpu."""
+
+
+_WITHOUT_VNNI = frozenset({"SSE41", "AVX", "AVX2", "AVX512_CORE"})
+
+
+def runs_with(features: frozenset[str], environment: Mapping[str, str] = os.environ) -> frozenset[str]:
+    """What oneDNN uses of a chip's ``features``: ``ONEDNN_MAX_CPU_ISA`` may hold it down to code without VNNI."""
+    held = environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA") or ""
+    return features - {"vnni"} if held.upper() in _WITHOUT_VNNI else features
 
 
 def _none(what: str) -> Reason:

@@ -7,6 +7,7 @@ the bytes of the codes once more (narrow ones more: oneDNN pads channels to a mu
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 import weakref
@@ -111,7 +112,9 @@ def conv_weight(
     Of a 1-D convolution the packed tensor has one more axis. Raises what :func:`linear_weight` raises.
     """
     _check(weight, "a convolution")
-    scales = torch.ones(weight.shape[0])  # they and those of the activation do not change what is packed
+    scales = torch.ones(
+        weight.shape[0], dtype=torch.float32, device="cpu"
+    )  # they and those of the activation do not change what is packed
     plain = weight.detach().contiguous()
     packed: torch.Tensor = torch.ops.onednn.qconv_prepack(
         plain, scales, 1.0, 0, stride, padding, dilation, groups, None
@@ -167,3 +170,22 @@ def _check(weight: torch.Tensor, what: str) -> None:
     here: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not here or not hasattr(torch.ops.onednn, "qlinear_prepack"):
         raise InputError(f"torch {torch.__version__} has no oneDNN here, which computes {what} on 8-bit codes")
+    if _saturates():
+        raise InputError(
+            f"oneDNN computes {what} on 8-bit codes wrongly here: without VNNI (a chip that lacks it, or "
+            "ONEDNN_MAX_CPU_ISA) its products saturate in 16 bits; compile the model for this chip, with weights "
+            "quantized only"
+        )
+
+
+@functools.cache
+def _saturates() -> bool:
+    """Whether the largest products that codes can have come out short; told by one small product, once a process."""
+    k = 64
+    with torch.device("cpu"):
+        x, weight = torch.full((1, k), 255, dtype=torch.uint8), torch.full((16, k), 127, dtype=torch.int8)
+        one, zero = torch.ones((), dtype=torch.float32), torch.zeros((), dtype=torch.int32)
+        scales, zeros = torch.ones(16, dtype=torch.float32), torch.zeros(1, dtype=torch.int64)
+    operands = (x, one, zero, torch.ops.onednn.qlinear_prepack(weight, None), scales, zeros, None)
+    y = torch.ops.onednn.qlinear_pointwise.tensor(*operands, 1.0, 0, torch.float32, "none", [], "")
+    return float(y.min()) != 255 * 127 * k

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 
 from qcompiler import numerics
 from qcompiler.backends.torch.kernels import target
-from qcompiler.backends.torch.kernels_integer import CPU_ABSENT, INTEGER_ROWS, QCONV, QLINEAR
+from qcompiler.backends.torch.kernels_integer import CPU_ABSENT, INTEGER_ROWS, QCONV, QLINEAR, runs_with
 from qcompiler.dtypes import BF16, F16, F32, F64, Array, DType
 from qcompiler.ir import Attr
 from qcompiler.requests import request_of
@@ -168,6 +171,24 @@ def test_chips_that_saturate_are_refused(chip: str) -> None:
     """Without VNNI products of 16 bits saturate: measured by holding oneDNN down to AVX2 and to AVX-512."""
     case = linear_dyn(np.random.default_rng(0), 4, 8)
     assert any(r.startswith("QC206") and "vnni" in r for r in reasons(case, f"torch-cpu:{chip}"))
+
+
+def test_a_chip_that_is_held_down_is_refused_where_it_compiles_and_where_it_runs() -> None:
+    vnni = frozenset({"x86_64", "vnni"})
+    assert runs_with(vnni, {}) == runs_with(vnni, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}) == vnni
+    assert runs_with(vnni, {"ONEDNN_MAX_CPU_ISA": "avx2"}) == {"x86_64"}
+    code = (
+        "import torch; from qcompiler.backends.torch.packing import linear_weight as pack, conv_weight as conv\n"
+        "from qcompiler.errors import InputError\n"
+        "for call in (lambda: pack(torch.zeros(3, 4, dtype=torch.int8)),\n"
+        "             lambda: conv(torch.zeros(3, 4, 1, dtype=torch.int8), [1], [0], [1], 1)):\n"
+        "    try: call(); print('packed')\n"
+        "    except InputError as e: print(e)\n"
+    )
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    lines = out.stdout.splitlines()
+    assert len(lines) == 2 and all("its products saturate in 16 bits" in line for line in lines), out
 
 
 # -- memory --------------------------------------------------------------------------------------------------
