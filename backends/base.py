@@ -51,6 +51,14 @@ class Captured:
     sha256: str = ""
     reference: Path | None = None
     cleanup: list[Callable[[], None]] = field(default_factory=list)
+    write_reference: Callable[[], Path | None] | None = None
+    """Writes the float model into a temporary file, where there is none yet."""
+
+    def float_file(self) -> Path | None:
+        """The file of the float model, written when it is first asked for; None where there is none to compare with."""
+        if self.reference is None and self.write_reference is not None:
+            self.reference, self.write_reference = self.write_reference(), None
+        return self.reference
 
     def close(self) -> None:
         """Remove temporary files."""

@@ -373,16 +373,17 @@ def refuse_weights(job: Job, error: BadWeights) -> None:
 
 def _compare(job: Job, captured: Captured, path: Path, data: Any) -> None:
     floats = sum(s.before for s in job.ctx.ledger)
-    if captured.reference is None:
-        job.notes.append("quality: there is no float model in the runtime's form to compare with")
-        return
     if floats > COMPARE_LIMIT:
         job.notes.append(f"quality: not compared, {floats / 2**30:.1f} GiB of float weights are over the limit")
+        return
+    reference = captured.float_file()
+    if reference is None:
+        job.notes.append("quality: there is no float model in the runtime's form to compare with")
         return
     if data is None and job.calibrator is not None:
         data = job.calibrator.data
     job.progress.stage("float against compiled")
-    found = job.backend.quality(captured.reference, path, data)
+    found = job.backend.quality(reference, path, data)
     if isinstance(found, Finding):
         job.ctx.findings.append(found)
     elif isinstance(found, str):

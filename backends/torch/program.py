@@ -40,7 +40,8 @@ def captured_from(source: Any, args: Any, dynamic_shapes: Any, progress: Progres
 
     ``source``: path of a .pt2 file or of a model directory, ``package.module:function``, a torch.nn.Module (with
     ``args``), an ExportedProgram, a Graph of the aten dialect. The float model to compare with is the file itself, or
-    the exported program in a temporary file where its weights are under :data:`COMPARE_LIMIT`. Raises InputError.
+    the exported program, which goes into a temporary file when it is asked for, where its weights are under
+    :data:`COMPARE_LIMIT`. Raises InputError.
     """
     if isinstance(source, Graph):
         if source.dialect != "aten":
@@ -56,7 +57,7 @@ def captured_from(source: Any, args: Any, dynamic_shapes: Any, progress: Progres
     _refuse_training(graph)
     captured = Captured(graph, found.kind, found.path, found.sha256)
     if not any(map(is_wrapped, program.state_dict.values())) and _bytes(program) <= COMPARE_LIMIT:
-        captured.reference = _saved(program, captured)
+        captured.write_reference = lambda: _saved(program, captured)
     return captured
 
 

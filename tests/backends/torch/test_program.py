@@ -13,11 +13,14 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from qcompiler import driver
+from qcompiler import recipe as recipes
 from qcompiler.backends.base import Silent
-from qcompiler.backends.torch import package, program
+from qcompiler.backends.torch import fitting, layouts, package, program
 from qcompiler.backends.torch.archive import holds_code, open_program
 from qcompiler.backends.torch.capture import load
 from qcompiler.backends.torch.examples import example_of
+from qcompiler.backends.torch.kernel_error import error_of
 from qcompiler.backends.torch.program import call_module, captured_from, open_module, write
 from qcompiler.dtypes import F32
 from qcompiler.errors import InputError
@@ -183,13 +186,14 @@ def test_sources(captured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     torch.export.save(torch.export.export(net, args, dynamic_shapes=shapes), path)
     file = captured_from(path, None, None, Silent())
     assert (file.kind, file.path, file.reference, len(file.sha256)) == ("pt2", str(path), path, 64)
-    assert captured.kind == "module" and captured.reference.is_file()
-    reference = captured.reference
+    assert captured.kind == "module" and captured.reference is None
+    reference = captured.float_file()
+    assert reference == captured.float_file() and reference.is_file()
     captured.close()
     assert not reference.exists()
     monkeypatch.setattr(program, "COMPARE_LIMIT", 1)
     large = captured_from(net, args, shapes, Silent())
-    assert large.reference is None
+    assert large.float_file() is None
     weight = large.graph.consts["0.weight"].payload
     assert weight.tensor.data_ptr() == net[0].weight.data_ptr()
     function = captured_from("tests.zoo:mlp", None, None, Silent())
@@ -238,6 +242,49 @@ def test_opened_modules_check_what_they_are_given(captured: Any, tmp_path: Path)
         call_module(module, [torch.zeros(2, 65, 64)])
     with pytest.raises(InputError, match=r"element type torch\.float64"):
         call_module(module, [np.zeros((2, 5, 64))])
+
+
+def test_int4_weights_of_another_chip_are_packed_anew(tmp_path: Path) -> None:
+    net, args, shapes = mlp()
+    found = []
+    for chip in ("avx2", "avx512"):
+        job = driver.start(f"torch-cpu:{chip}", recipes.load("w4a16"), None, None)
+        graph = driver.capture(job, net, args, shapes).graph
+        driver.run_recipe(job, graph)
+        path = tmp_path / f"{chip}.pt2"
+        write(graph, path, {}, Silent())
+        if fitting.width_here() not in layouts.ROWS:
+            with pytest.raises(InputError, match="QC206: the int4 weights"):
+                open_module(path)
+            return
+        found += call_module(open_module(path), args)
+    assert torch.equal(*found)
+    assert nn.functional.cosine_similarity(found[0].flatten(), net(*args).detach().flatten(), dim=0) > 0.97
+
+
+@pytest.mark.parametrize("recipe", ["w4a16", "w8a16"])
+def test_the_error_of_kernels_is_within_its_bound(recipe: str) -> None:
+    """Element by element against float64 on the same codes; and the bound is no more than 100 times the error."""
+    net, args, shapes = mlp()
+    job = driver.start("torch-cpu", recipes.load(recipe), None, None)
+    graph = driver.capture(job, net[:1], args, shapes).graph
+    if fitting.width_here() not in layouts.ROWS:
+        pytest.skip(f"torch has no int4 kernel for its {fitting.width_here()} code")
+    before = [p for p in job.recipe.passes if p.name not in ("choose-layout", "dce")]
+    driver.run_recipe(job, graph, before)
+    feed = {graph.inputs[0].name: args[0].numpy()}
+    with job.backend.runner(graph, []) as run:
+        (exact,) = run(feed).values()
+    driver.run_recipe(job, graph, [p for p in job.recipe.passes if p not in before])
+    (kernel,) = [op for op in graph if "pack" in op.name]
+    live = [v.name for v in kernel.operands if v is not None and not v.is_const]
+    with job.backend.runner(graph, live) as run:
+        seen = run(feed)
+    operands = [seen.get(v.name, v.payload and v.payload.array()) for v in kernel.operands]
+    bound = np.asarray(error_of(kernel, operands)).reshape(-1, 96)
+    off = np.abs(seen[graph.outputs[0].name].astype(np.float64) - exact).reshape(-1, 96)
+    assert (off <= bound).all()
+    assert off.max() > bound.max() / 100
 
 
 # -- AOTInductor -----------------------------------------------------------------------------------------------
