@@ -42,6 +42,7 @@ _ENTRY = "qcompiler.backends.torch.lower_integer:"
 QLINEAR, QCONV = "torch-cpu/qlinear.u8s8", "torch-cpu/qconv.u8s8"
 
 _MEASURED = "tests/backends/torch/test_kernels_integer.py ran it: numbers, ragged shapes, temporary memory"
+_TO_THE_BIT = "tests/backends/torch/test_kernels_integer.py ran it: equal to the reference to the bit"
 _FLOATS = frozenset({"f32", "bf16", "f16"})
 _EXACT = "products summed in int32, exact; scaled and biased in f32"
 _PACKED = "the weight is packed at the first call, and the packed copy stays beside the plain one"
@@ -89,7 +90,7 @@ def _edge(op: str, name: str, entry: str, codes: str, numerics: str, **more: Any
         groups=frozenset(),
         entry=_ENTRY + entry,
         layout="",
-        evidence=_MEASURED,
+        evidence=_TO_THE_BIT,
         bias=False,
         numerics=numerics,
         **(fields | more),

@@ -112,9 +112,8 @@ def conv_weight(
     Of a 1-D convolution the packed tensor has one more axis. Raises what :func:`linear_weight` raises.
     """
     _check(weight, "a convolution")
-    scales = torch.ones(
-        weight.shape[0], dtype=torch.float32, device="cpu"
-    )  # they and those of the activation do not change what is packed
+    # Neither the scales nor the activation's parameters change what is packed.
+    scales = torch.ones(weight.shape[0], dtype=torch.float32, device="cpu")
     plain = weight.detach().contiguous()
     packed: torch.Tensor = torch.ops.onednn.qconv_prepack(
         plain, scales, 1.0, 0, stride, padding, dilation, groups, None

@@ -217,3 +217,13 @@ def test_no_weight_is_expanded(m: int) -> None:
     args = (torch.tensor(0.02), torch.tensor(3, dtype=torch.uint8), weight, torch.ones(n), None, 1.0, 0, torch.float32)
     torch.ops.qcompiler.qlinear(x, *args)  # packs
     assert peak_above(lambda: torch.ops.qcompiler.qlinear(x, *args)) <= 4 * m * n + (4 << 20)
+
+
+def test_no_weight_of_a_convolution_is_expanded() -> None:
+    """A weight of 9 MiB; its floats would take 36, a reordered copy 9."""
+    weight = torch.randint(-128, 128, (1024, 1024, 3, 3), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    x = torch.full((1, 1024, 4, 4), 7, dtype=torch.uint8)
+    where = ([1, 1], [1, 1], [1, 1], 1)
+    args = (torch.tensor(0.02), torch.tensor(3, dtype=torch.uint8), weight, torch.ones(1024), None, *where)
+    torch.ops.qcompiler.qconv(x, *args, 1.0, 0, torch.float32)  # packs
+    assert peak_above(lambda: torch.ops.qcompiler.qconv(x, *args, 1.0, 0, torch.float32)) <= 4 << 20
