@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qcompiler.dtypes import Array
+from qcompiler.dtypes import UINT8, Array
 from qcompiler.ir import Op
 
 BF16 = 2.0**-8
 """Relative error of one rounding to bf16."""
+REQUANTIZED = 2.0**-6
+"""Steps: an int32 sum becomes a code with one f32 factor."""
 _ROUNDED = 3.5
 """Roundings to bf16 on the way of a product: activation, weight, result; and half of one for the sums in f32."""
 
@@ -19,8 +21,11 @@ def error_of(op: Op, operands: Sequence[Array | None]) -> Array | float:
     """The bound for a call of a kernel on these operands, absolute; 0 for other ops.
 
     int4: ``w = (q - 8) s + z`` is at most ``8 |s| + |z|``. int8: codes are at most 128, and what is multiplied behind
-    the kernel counts. Both kernels take activations rounded to bf16, multiply in bf16, and sum in f32.
+    the kernel counts. Both kernels take activations rounded to bf16, multiply in bf16, and sum in f32. oneDNN's sums
+    are exact; where it gives codes, in steps, they went through one f32 factor.
     """
+    if op.name in ("qcompiler.qlinear.default", "qcompiler.qconv.default"):
+        return REQUANTIZED if op.results[0].tensor.dtype == UINT8 else 0.0
     if op.name == "aten._weight_int4pack_mm_for_cpu.default":
         x, _, both = (None if a is None else np.abs(a.astype(np.float64)) for a in operands[:3])
         if x is None or both is None:

@@ -152,3 +152,15 @@ def test_command_line_from_function_to_verdict(tmp_path: Path, capsys: pytest.Ca
     assert code == 2 and "artifacts for torch-cpu are .pt2 files" in err
     code, text, _ = run("kernels", "--target", "torch-cpu")
     assert code == 0 and "torch-cpu/int4pack" in text
+
+
+def test_each_pass_is_checked(tmp_path: Path) -> None:
+    """``--check`` without data: inputs are made up for the program, and the kernels keep their bounds."""
+    module, args, shapes = tiny()
+    out = tmp_path / "m.pt2"
+    artifact = qcompiler.compile(
+        module, target="torch-cpu", recipe="w4a16", args=args, dynamic_shapes=shapes, out=out, check=True
+    )
+    by_name = {c.name: c for c in artifact.report.checks}
+    assert artifact.report.accepted
+    assert by_name["choose-layout"].compared and 0 < by_name["choose-layout"].error <= by_name["choose-layout"].bound
