@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
 
 from qcompiler.errors import InputError
@@ -31,6 +33,13 @@ def predicted_peak(graph: Graph) -> int:
 
 def _elements(payload: Payload | None) -> int:
     return 0 if payload is None else payload.size
+
+
+def give_back() -> None:
+    """Return freed memory to the system where the C library can: holes that big arrays leave add up from run to run."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def bound(graph: Graph, limit: int) -> None:

@@ -16,9 +16,9 @@ import numpy as np
 from qcompiler.backends.onnx.feeds import made_up, nbytes
 from qcompiler.backends.onnx.load import load_onnx
 from qcompiler.backends.onnx.probe import read_arrays, write_arrays
-from qcompiler.backends.onnx.running import give_back
 from qcompiler.calibrate.data import Data
 from qcompiler.dtypes import Array
+from qcompiler.memory import give_back
 from qcompiler.report.model import OutputQuality, Quality
 from qcompiler.verify.findings import Finding
 

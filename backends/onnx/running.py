@@ -8,8 +8,6 @@ the CPU runtime computes it in f32 and rounds where it must, so a tapped value i
 
 from __future__ import annotations
 
-import ctypes
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +22,7 @@ from qcompiler.backends.onnx.emit import emit_onnx
 from qcompiler.dtypes import Array, dtype_of
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph, Op, TensorType, Value
+from qcompiler.memory import give_back
 from qcompiler.payload import Computation, Payload
 from qcompiler.subgraph import Run, needed, part, reads
 
@@ -111,13 +110,6 @@ class Program:
         return numerics.evaluate_all(
             op.name, [None if v is None else self._array(v, known) for v in op.operands], op.attrs
         )
-
-
-def give_back() -> None:
-    """Return freed memory to the system where the C library can: holes that big arrays leave add up from run to run."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 class Step:

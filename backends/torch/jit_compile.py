@@ -24,6 +24,7 @@ from qcompiler.backends.torch.jit_options import Options
 from qcompiler.calibrate.data import open_data
 from qcompiler.driver import Job
 from qcompiler.errors import BadWeights, RecipeError, RejectedError
+from qcompiler.memory import give_back
 from qcompiler.payload import Payload
 from qcompiler.report.model import Report
 
@@ -252,6 +253,8 @@ def _pack(prepared: Prepared, lifted: Lifted, options: Options) -> list[torch.Te
                 payload.release()
                 if key in freeable:
                     jit_release.release(weight.tensor, weight.name)
+    if freeable:
+        give_back()
     return [out[id(p)] for p in lifted.constants]
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from qcompiler.backends.onnx.probe import read_arrays, write_arrays
-from qcompiler.backends.onnx.running import give_back
 from qcompiler.backends.torch.calling import Opened, is_float, result_values
 from qcompiler.backends.torch.opening import opened
 from qcompiler.backends.torch.quiet import sentence_of
@@ -23,6 +22,7 @@ from qcompiler.calibrate.data import Data
 from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
 from qcompiler.ir import TensorType
+from qcompiler.memory import give_back
 from qcompiler.metrics import Closeness
 from qcompiler.report.model import OutputQuality, Quality
 from qcompiler.verify.findings import Finding

@@ -92,6 +92,15 @@ def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="qcompiler", options={"inner": "eager", **options})
 
 
+BOUND = 0.02
+"""What 8-bit weights (steps of 1/127 of the largest, 0.7 % of the output) and bf16 activations (0.2 %) may lose."""
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    """The norm of the difference, in parts of that of ``wanted``."""
+    return float((got - wanted.detach()).norm() / wanted.detach().norm())
+
+
 def statuses(report: Report) -> dict[str, str]:
     return {s.name: s.status for s in report.sites}
 
@@ -200,9 +209,7 @@ def test_sizes_open_after_the_second_and_nothing_is_quantized_twice(quantized: l
 
 def test_dynamic_true_compiles_once(quantized: list[str]) -> None:
     reports: list[Report] = []
-    run = torch.compile(
-        Net().eval(), backend="qcompiler", dynamic=True, options={"inner": "eager", "report": reports}
-    )
+    run = torch.compile(Net().eval(), backend="qcompiler", dynamic=True, options={"inner": "eager", "report": reports})
     for shape in ((2, 3), (4, 9), (3, 2)):
         assert run(torch.zeros(shape, dtype=torch.long)).shape == (*shape, 50)
     assert len(reports) == 1
@@ -238,20 +245,19 @@ def test_graph_breaks_name_sites_as_the_model_does_and_each_layer_has_its_own_we
     found = [statuses(r) for r in reports]
     names = ["layers.0.q", "layers.0.o", "layers.1.q", "layers.1.o"]
     assert sorted(n for f in found for n in f) == sorted(names)
-    assert {n: s for f in found for n, s in f.items()} == {n: "fused" for n in names} | {"layers.1.o": "skipped"}
+    assert {n: s for f in found for n, s in f.items()} == dict.fromkeys(names, "fused") | {"layers.1.o": "skipped"}
     assert len(quantized) == 3
     assert torch.equal(run(x), out)
     assert len(reports) == 4
     assert len(quantized) == 3
-    # 8 bits lose less than a hundredth of each layer's output.
-    assert float((out - model(x)).norm() / model(x).norm()) < 0.02
+    assert distance(out, model(x)) < BOUND
 
 
 def test_a_glob_in_vain_is_an_error_in_a_part_of_a_model_too() -> None:
-    with pytest.raises(qcompiler.RecipeError, match="QC402: insert-qdq.skip = 'nothing' matched nothing"):
+    with pytest.raises(qcompiler.RecipeError, match=r"QC402: insert-qdq\.skip = 'nothing' matched nothing"):
         compiled(Broken().eval(), skip=["nothing"])(torch.randn(2, 64))
     torch.compiler.reset()
-    with pytest.raises(qcompiler.RecipeError, match="QC402: insert-qdq.skip = 'nothing' matched nothing"):
+    with pytest.raises(qcompiler.RecipeError, match=r"QC402: insert-qdq\.skip = 'nothing' matched nothing"):
         compiled(Net().eval(), skip=["nothing"])(IDS)
 
 
@@ -266,8 +272,7 @@ def test_a_parameter_written_in_place_is_packed_anew(quantized: list[str]) -> No
         model.weight.mul_(2)
     twice = run(x)
     assert len(quantized) == 2
-    # 8-bit codes and bf16 activations: each within 2^-8 of the largest.
-    torch.testing.assert_close(twice, model(x).detach(), rtol=0, atol=2 * 2**-8 * float(twice.abs().max()))
+    assert distance(twice, model(x)) < BOUND
 
 
 def test_a_parameter_that_was_replaced_is_packed_anew(quantized: list[str]) -> None:
@@ -277,7 +282,7 @@ def test_a_parameter_that_was_replaced_is_packed_anew(quantized: list[str]) -> N
     model.weight = nn.Parameter(torch.randn(64, 64))
     other = run(x)
     assert len(quantized) == 2
-    torch.testing.assert_close(other, model(x).detach(), rtol=0, atol=2 * 2**-8 * float(other.abs().max()))
+    assert distance(other, model(x)) < BOUND
 
 
 def test_biases_and_norms_are_read_at_each_call(quantized: list[str]) -> None:
@@ -341,7 +346,7 @@ def test_recipes_settings_skips_and_phases_are_those_of_compile() -> None:
     assert schemes["layers.0"] == ("", "skipped")
     assert schemes["table"] == ("", "skipped")
     assert reports[0].phases == {"decode": 1}
-    assert set(reports[0].sites[1].kernel) == {"decode"}
+    assert {tuple(s.kernel) for s in reports[0].sites if s.status == "fused"} == {("decode",)}
 
 
 def test_a_rejected_graph_raises_with_its_report_or_runs_in_float_and_says_so_once() -> None:
