@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qcompiler.dtypes import DType
+from qcompiler.dtypes import DType, dtype
 from qcompiler.errors import InputError
 from qcompiler.scheme import Scheme
 
@@ -258,7 +258,8 @@ class Target:
     def why_not(self, request: Request, phases: Sequence[Phase] = PHASES) -> list[Reason]:
         """Empty when some kernel serves ``request`` in every phase, else the reasons of the nearest row.
 
-        Rows that take the codes at all are nearer than rows that do not; then the one with the fewest reasons.
+        Rows that take the codes at all are nearer than rows that do not, those of as many bits nearer than others; then
+        the one with the fewest reasons.
         """
         if self.choose(request, phases) is not None:
             return []
@@ -269,7 +270,8 @@ class Target:
             known = ", ".join(sorted({r.op for r in self.rows})) or "nothing"
             return [Reason("QC201", f"target {self} has no kernel for {request.op}; it has {known}", "skip the site")]
         rows = [r for r in rows if request.fn in r.fns] or rows
-        own = [r for r in rows if request.scheme.dtype.name in r.codes] or rows
+        own = [r for r in rows if request.scheme.dtype.name in r.codes]
+        own = own or [r for r in rows if request.scheme.bits in {dtype(c).bits for c in r.codes}] or rows
         return min((self._row_reasons(r, request, phases) for r in own), key=len)
 
     def declined(self, request: Request, phases: Sequence[Phase] = PHASES) -> dict[str, list[Reason]]:

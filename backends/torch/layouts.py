@@ -13,7 +13,8 @@ Layouts, as measured on torch 2.13:
     most 8 significant bits (the law of :func:`qcompiler.clipping.affine_params` for codes of up to 4 bits), so bf16
     holds it exactly. ``z = (8 - zero) * s`` is rounded to bf16, which is exact but for zeros that are 3, 5, 6 or 7 off
     8; the zero point can be read from it all the same.
-  - *int8pack*, of ``aten._weight_int8pack_mm``: int8 ``[N, K]`` as they are, columns of 0 up to a multiple of 16.
+  - *int8pack*, of ``aten._weight_int8pack_mm``: int8 ``[N, K]`` as they are, columns of 0 up to a multiple of 16. The
+    kernel loads 16 codes at once from addresses that must be multiples of 16 (a crash else).
   - *nibbles*, of a table of 4-bit codes: uint8 ``[V, ceil(K / 2)]``, unsigned codes, the first in the low bits.
 """
 
@@ -197,10 +198,12 @@ def parameters_of(
 
 
 def int8pack(codes: Array) -> Array:
-    """int8 codes ``[N, K]`` with columns of 0 up to a multiple of 16."""
+    """int8 codes ``[N, K]`` with columns of 0 up to a multiple of 16, at an address that is one."""
     _check(codes)
     k = codes.shape[1]
-    return codes if k % 16 == 0 else np.pad(codes, ((0, 0), (0, padded(k, 16) - k)))
+    if k % 16 == 0 and codes.flags.c_contiguous:
+        return codes if codes.ctypes.data % 16 == 0 else codes.copy()
+    return np.pad(codes, ((0, 0), (0, padded(k, 16) - k)))
 
 
 def int8unpack(stored: Array, k: int) -> Array:

@@ -21,7 +21,7 @@ from qcompiler.backends.torch.payload import TO_TORCH
 from qcompiler.dtypes import BF16, F32, INT8, UINT8, Array, DType
 from qcompiler.errors import InputError
 from qcompiler.ir import Dim, Op, OpaqueType, TensorType, Value
-from qcompiler.payload import constant
+from qcompiler.payload import ComputedPayload, constant
 from qcompiler.scheme import Scheme
 from qcompiler.target import Choice
 
@@ -246,9 +246,10 @@ def _once(
 
 
 def _int8_codes(b: Builder, columns: int) -> Value:
-    """int8 codes ``[N, columns]``: the canonical constant itself where nothing is padded."""
-    n, k = b.payload(1, "codes").shape
-    if columns == k:
+    """int8 codes ``[N, columns]``: the canonical constant itself where nothing is padded and NumPy places it."""
+    payload = b.payload(1, "codes")
+    n, k = payload.shape
+    if columns == k and isinstance(payload, ComputedPayload):
         return b.at(1)
     return _once(b, ("int8pack", columns), "weight_int8", layouts.int8pack, INT8, (n, columns))
 
@@ -269,11 +270,14 @@ def _rows(b: Builder, x: Value, columns: int) -> Value:
             pad = [0, columns - k]
             value = b.call("aten.constant_pad_nd.default", value, pad, type=kind, suffix="padded")
         kind = TensorType(BF16, (_count(x), columns))
-        if element == BF16:
-            return [b.call("aten.contiguous.default", value, type=kind, suffix="bf16")]
-        # The kernels refuse rows that are not contiguous, and a cast alone keeps strides.
-        to: Any = TO_TORCH[BF16]
+        # The kernels refuse rows that are not contiguous, and int8pack crashes where they do not begin at a multiple of
+        # 32 bytes: what reaches it is always memory of torch's own.
         form = torch.contiguous_format
+        if element == BF16 and columns != k:
+            return [value]
+        if element == BF16:
+            return [b.call("aten.clone.default", value, type=kind, suffix="bf16", memory_format=form)]
+        to: Any = TO_TORCH[BF16]
         return [b.call("aten.to.dtype", value, to, type=kind, suffix="bf16", memory_format=form)]
 
     return b.shared(x, ("rows", columns), make)[0]
