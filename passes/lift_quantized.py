@@ -147,8 +147,7 @@ class LiftQuantized(Pass):
             if kind is None or dq is None:
                 continue
             n, k = _size(op, kind, dq)
-            label = op.loc.scope or op.label if graph.dialect == "aten" else op.label
-            site = Site(label, kind, n, k, 4 * n * k, dq.attrs["scheme"].text)
+            site = Site(_label(op), kind, n, k, 4 * n * k, dq.attrs["scheme"].text)
             site.weight, site.wish = dq.operand(0), str(op.meta.get(KERNEL, ""))
             name = ctx.ledger.add(site).name
             op.meta["site"] = name
@@ -201,7 +200,12 @@ def _keep(op: Op, reason: str, ctx: Context) -> None:
             work += user.result.users
         elif (kind := kind_of(user)) is not None:
             n, k = _size(user, kind, op)
-            ctx.ledger.skip(ctx.ledger.add(Site(user.label, kind, n, k, 4 * n * k)).name, reason)
+            ctx.ledger.skip(ctx.ledger.add(Site(_label(user), kind, n, k, 4 * n * k)).name, reason)
+
+
+def _label(op: Op) -> str:
+    """The name of the site of ``op``: of aten the module that it stands in, where that is known."""
+    return (op.name.startswith("aten.") and op.loc.scope) or op.label
 
 
 def _own_names(graph: Graph) -> None:
@@ -226,6 +230,9 @@ def _weight_of(op: Op) -> Op | None:
 
 def _size(op: Op, kind: str, dq: Op) -> tuple[int, int]:
     """Output features and reduction length; rows and columns of a table."""
+    held = dq.operand(0)
+    if op.name.startswith("aten.") and dq.name != "q.dequantize" and held is not None and held.tensor.static_shape:
+        return held.tensor.static_shape[0], math.prod(held.tensor.static_shape[1:])
     left, right = slots(op)
     slot = left if kind == "embedding" or weight_of(op.operand(right)) is None else right
     value = op.operand(slot)

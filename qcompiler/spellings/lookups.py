@@ -21,7 +21,7 @@ def lift_late_scale(op: Op, rw: Rewriter) -> Value:
         if rows is None or factors is None or rows[1] is not factors[1]:
             continue
         table, element = settle(rw, rows[0]), rows[0].tensor.dtype
-        shape = table.tensor.static_shape
+        shape = table.tensor.static_shape if table.payload is not None else None
         if element is None or not element.is_integer or element.bits > 8 or shape is None or len(shape) != 2:
             continue
         scales = settle(rw, factors[0])
@@ -41,7 +41,7 @@ def _before_cast(value: Value | None) -> Value | None:
 
 
 def _lookup(value: Value | None) -> tuple[Value, Value] | None:
-    """The constant table and the ids of a lookup of rows."""
+    """The table and the ids of a lookup of rows."""
     op = None if value is None else value.owner
     if op is None or op.name not in LOOKUPS:
         return None
@@ -51,9 +51,7 @@ def _lookup(value: Value | None) -> tuple[Value, Value] | None:
         return None
     ids = ids[0] if isinstance(ids, list) and len(ids) == 1 else ids
     table = args[0]
-    if not isinstance(table, Value) or not isinstance(ids, Value) or not (table.is_const or table.payload is not None):
-        return None
-    return table, ids
+    return (table, ids) if isinstance(table, Value) and isinstance(ids, Value) else None
 
 
 RULES = (lift_late_scale,)

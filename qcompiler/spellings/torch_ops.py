@@ -101,7 +101,7 @@ def _place(rw: Rewriter, a: dict[str, Any], x: Value, name: str) -> tuple[str, i
         return "tensor", 0, 0
     cut = [i for i, w in enumerate(whole) if not w]
     if len(cut) == 1 and block[cut[0]] == 1:
-        token = x.owner is not None and cut[0] == 0 and rank == 2
+        token = x.payload is None and cut[0] == 0 and rank == 2
         return ("token" if token else "channel"), cut[0], 0
     if all(block[i] == 1 for i in cut if i != rank - 1) and all(b == 1 for b in block[:-1]):
         return ("token", -1, 0) if whole[-1] else ("group", rank - 1, int(block[-1]))
