@@ -287,7 +287,7 @@ def _table(op: Op) -> LowBit | None:
     index = op.operand(1)
     if table is None or element is None or shape is None or len(shape) != 2 or index is None:
         return None
-    if element.bits > 8 or element.kind == "bool" or not is_constant(table) or is_constant(index):
+    if element.bits > 8 or element.kind == "bool" or not is_constant(table):
         return None
     scales, zeros, halves, floats = _parameters_behind(op)
     if not floats:

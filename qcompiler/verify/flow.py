@@ -76,7 +76,10 @@ def reached(value: Value, moves: nx.DiGraph) -> list[Reached]:
 
 
 def source_of(value: Value) -> tuple[Value, bool]:
-    """Where ``value`` comes from before data movement, and whether a lookup by run-time indices is on the way."""
+    """Where ``value`` comes from before data movement, and whether a lookup by run-time indices is on the way.
+
+    A lookup by constant indices moves data, but for torch's embedding, which is of a table whatever its indices are.
+    """
     looked_up = False
     while True:
         outside = given_by(value)
@@ -85,7 +88,8 @@ def source_of(value: Value) -> tuple[Value, bool]:
             value = outside
         elif op is not None and op.name in MOVES and op.operands and op.operands[0] is not None:
             index = op.operand(1)
-            looked_up |= op.name in LOOKUPS and not (index is not None and is_constant(index))
+            table = op.name == "aten.embedding.default"
+            looked_up |= op.name in LOOKUPS and (table or index is None or not is_constant(index))
             value = op.operands[0]
         else:
             return value, looked_up

@@ -85,6 +85,7 @@ def quantized(x: Tensor) -> Tensor:
 
 
 ARITHMETIC: dict[str, Forward] = {
+    "columns in another order": lambda m, x: F.linear(x, m.w[:, torch.arange(K - 1, -1, -1)].float() * m.s),
     "cast, then scale": lambda m, x: F.linear(x, m.w.to(torch.float32) * m.s),
     "transposed": lambda m, x: x @ (m.w.float() * m.s).t(),
     "no cast at all": lambda m, x: F.linear(x, m.w * m.s),
@@ -167,6 +168,7 @@ SOUND: dict[str, Forward] = {
     "a picture": lambda m, x: m.linear((x.to(torch.uint8).float() - 127) / 128),
     "positions": lambda m, x: m.linear(x + F.embedding(torch.arange(2), m.linear.weight)),
     "learned queries": lambda m, x: m.linear(F.embedding(torch.arange(2), m.linear.weight)),
+    "learned queries of few bits": lambda m, x: m.linear(F.embedding(torch.arange(2), m.w).float() * 0.1),
     "a kernel on codes": lambda m, x: torch._int_mm(quantized(x), m.w.t()).float() * m.s.t(),
 }
 
