@@ -83,12 +83,21 @@ def save(
     ``extra`` are files by name that travel inside. Memory depends on the largest constant. ``program`` is of no use
     afterwards.
     """
+    _forget(program)
     filled = stand_ins.take(program.state_dict) | stand_ins.take(program.constants)
     with tempfile.TemporaryFile(dir=path.parent) as slim:
         torch.export.save(program, slim, extra_files=dict(extra))
         slim.seek(0)
         with zipfile.ZipFile(slim) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as out:
             _Filler(source, out, filled, told).run()
+
+
+def _forget(program: ExportedProgram) -> None:
+    """Drop what export noted of its own steps: addresses of graphs, other ones each time, and paths of this machine."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("from_node", None)
+            node.meta.pop("stack_trace", None)
 
 
 class _Filler:

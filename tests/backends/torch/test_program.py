@@ -28,6 +28,7 @@ from qcompiler.ir import Graph, TensorType
 from qcompiler.payload import FilePayload, computed
 from tests.backends.torch import exports
 from tests.backends.torch.exports import assert_same, fresh, sample, second
+from tests.support import ROOT
 
 NETS = (
     "mlp",
@@ -103,6 +104,18 @@ def test_metadata_and_site_names_travel(captured: Any, tmp_path: Path) -> None:
     # A second trip keeps them.
     write(again, tmp_path / "n.pt2", {}, Silent())
     assert [op.loc.name for op in load(tmp_path / "n.pt2")] == [op.loc.name for op in graph]
+
+
+def test_a_file_is_the_same_each_time(captured: Any, tmp_path: Path) -> None:
+    """What is in the program and nothing of the process that wrote it."""
+    written = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "m.pt2"
+        write(captured.graph, path, {}, Silent())
+        written.append(path.read_bytes())
+    assert written[0] == written[1]
+    assert b"from_node" not in written[0] and str(ROOT).encode() not in written[0]
 
 
 def test_notes_of_others_are_left_alone(captured: Any, tmp_path: Path) -> None:
