@@ -26,8 +26,8 @@ from qcompiler.scheme import Scheme
 from qcompiler.target import Choice
 
 LAYOUTS = "torch.layouts"
-"""Key in the ``meta`` of canonical codes: the constants that were derived from them, as ``((layout, columns), name)``,
-so that tied layers read one."""
+"""Key in the ``meta`` of canonical codes and scales: the constants that were derived from them, as
+``((layout, columns), name)``, so that tied layers read one."""
 WIDTH = "qcompiler.int4pack"
 """Key of the metadata that says for which vector width the int4 weights of a program are packed."""
 BLOCKS = (256, 128, 64, 32)
@@ -51,8 +51,7 @@ def int4pack(op: Op, choice: Choice) -> Value:
     bits.
     """
     b, scheme, (n, k) = _matrix(op)
-    codes, scale = b.payload(1, "codes"), b.payload(2, "scale")
-    zero = [] if op.operand(3) is None else [b.payload(3, "zero point")]
+    scale, zero = b.payload(2, "scale"), [] if op.operand(3) is None else [b.payload(3, "zero point")]
     width, block = choice.row.layout.rpartition("_")[2], int4_block(scheme, k)
     rows, columns, label = layouts.padded(n, 16), layouts.padded(k, block), b.label
     _note(op, WIDTH, width)
@@ -63,8 +62,13 @@ def int4pack(op: Op, choice: Choice) -> Value:
     def parameters(s: Array, z: Array | None = None) -> Array:
         return layouts.scales_and_zeros(s, z, scheme, (n, k, block), label)
 
-    packed = b.derived(f"weight_int4_{width}", [codes], pack, UINT8, (rows, columns // 2))
-    both = b.derived("weight_scales_zeros", [scale, *zero], parameters, BF16, (columns // block, rows, 2))
+    layout = f"int4_{width}"
+    packed = _once(b, (layout, columns), f"weight_{layout}", pack, UINT8, (rows, columns // 2))
+
+    def made() -> Value:
+        return b.derived("weight_scales_zeros", [scale, *zero], parameters, BF16, (columns // block, rows, 2))
+
+    both = _known_or(b.at(2), ("scales_zeros", block), made)
     x = b.at(0)
     flat = _rows(b, x, columns)
     kind = TensorType(BF16, (_count(x), rows))
@@ -235,13 +239,18 @@ def _once(
     b: Builder, key: tuple[str, int], suffix: str, fn: Callable[[Array], Array], element: DType, shape: Sequence[int]
 ) -> Value:
     """``fn`` of the codes as a constant, one for all that ask with ``key``."""
-    codes = b.at(1)
-    known = codes.meta.get(LAYOUTS, ())
-    found = codes.graph.lookup(dict(known).get(key, ""))
+    payload = b.payload(1, "codes")
+    return _known_or(b.at(1), key, lambda: b.derived(suffix, [payload], fn, element, shape))
+
+
+def _known_or(source: Value, key: tuple[str, int], make: Callable[[], Value]) -> Value:
+    """The constant that was made of ``source`` with ``key`` before, else that of ``make``."""
+    known = source.meta.get(LAYOUTS, ())
+    found = source.graph.lookup(dict(known).get(key, ""))
     if found is not None and found.is_const:
         return found
-    made = b.derived(suffix, [b.payload(1, "codes")], fn, element, shape)
-    codes.meta[LAYOUTS] = (*known, (key, made.name))
+    made = make()
+    source.meta[LAYOUTS] = (*known, (key, made.name))
     return made
 
 
