@@ -9,6 +9,7 @@ import pytest
 
 from qcompiler.backends.onnx.workload import Size
 from qcompiler.backends.torch.calling import Call
+from qcompiler.backends.torch.feeds import made_up
 from qcompiler.backends.torch.timing import TorchTimed
 from qcompiler.backends.torch.workload import TorchWorkload, guesses
 from qcompiler.benching import bench
@@ -78,6 +79,9 @@ def test_arguments_of_every_kind() -> None:
     }"""
     graph = graph_of(text, in_spec="(('*', '*'), {'scale': '*', 'none': '*'})")
     (feed, *_) = guesses(graph, 0)
+    (whole, *_) = made_up(graph, 0)
+    assert list(whole) == ["scale", "none", "x", "n"]  # a graph takes what its program was captured with, too
+    assert whole["scale"] == 3.5
     assert feed["n"] == feed["x"].shape[0] + 1
     call = Call.from_json(Call.of(graph).to_json())
     assert call.fed == ["x", "n"]
