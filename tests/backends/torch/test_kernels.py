@@ -15,6 +15,7 @@ from qcompiler.backends.chips import CHIPS, SM, detect_features
 from qcompiler.backends.torch.emit import to_graph_module
 from qcompiler.backends.torch.kernels import GATHER, INT4PACK, INT8PACK, chips, target, weight_only_rows
 from qcompiler.backends.torch.payload import tensor_of
+from qcompiler.cli_tables import slower_lines
 from qcompiler.dtypes import BF16, F16, F32, Array, DType
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
@@ -280,6 +281,11 @@ def test_torch_held_down_below_avx2_has_no_kernel(monkeypatch: pytest.MonkeyPatc
 
 def _row(name: str, width: str = "avx512") -> KernelRow:
     return next(r for r in weight_only_rows(width) if r.name == name)
+
+
+def test_the_table_says_where_a_kernel_is_slower() -> None:
+    assert slower_lines(_row(INT8PACK))[2] == "f16 activations, share of its speed: 0.89 from M=1, as fast from M=4"
+    assert len(slower_lines(_row(INT4PACK))) == 1  # with f32 and f16 activations it is faster at every M
 
 
 def test_where_a_kernel_is_slower_than_the_float_op() -> None:
