@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import qcompiler
 from qcompiler import weights
-from qcompiler.backends.torch import jit_cache
+from qcompiler.backends.torch import jit_cache, jit_compile
 from qcompiler.report.model import Report
 from qcompiler.rtn import quantize_weight
 
@@ -71,7 +71,10 @@ class Broken(nn.Module):
 def fresh() -> Iterator[None]:
     """No graph of another test."""
     torch.compiler.reset()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small only wait for each other's threads
     yield
+    torch.set_num_threads(threads)
     torch.compiler.reset()
 
 
@@ -380,3 +383,63 @@ def test_the_codes_are_those_of_the_other_road() -> None:
     found = quantize_weight(model.weight.detach().numpy(), _scheme("int8 channel sym"))
     # A row of the identity picks one code: its product with 1 is exact in bf16, and the scale is multiplied in f32.
     np.testing.assert_array_equal(out.numpy().T, found.codes.astype(np.float32) * found.scale[:, None])
+
+
+# -- what is underneath --------------------------------------------------------------------------------------
+
+
+def test_inductor_takes_the_graph_with_open_sizes() -> None:
+    """The kernels stay calls of the graph that inductor compiles; an open batch takes one compilation."""
+    pytest.importorskip("torch._inductor.cpp_builder").get_cpp_compiler()
+    model, reports = nn.Sequential(nn.Linear(64, 32), nn.ReLU()).eval(), list[Report]()
+    options = {"recipe": "w8a16", "inner": "inductor", "report": reports}
+    run = torch.compile(model, backend="qcompiler", dynamic=True, options=options)
+    for rows in (3, 5):
+        x = torch.randn(rows, 64)
+        assert distance(run(x), model(x)) < BOUND
+    assert len(reports) == 1
+    assert statuses(reports[0]) == {"0": "fused"}
+
+
+def test_without_a_compiler_the_graph_runs_eagerly_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit_compile, "default_inner", lambda: ("eager", "torch.compile: no C++ compiler"))
+    reports: list[Report] = []
+    torch.compile(nn.Linear(64, 32).eval(), backend="qcompiler", options={"report": reports})(torch.ones(2, 64))
+    assert "torch.compile: no C++ compiler" in reports[0].notes
+
+
+# -- activations ---------------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        out: Tensor = self.down(torch.relu(self.up(x))) * scale
+        return out
+
+
+def test_static_activations_are_measured_on_data_by_the_names_of_the_arguments() -> None:
+    model, reports = Mlp().eval(), list[Report]()
+    x, one = torch.randn(16, 64), torch.ones(1)
+    data = [{"x": x.numpy(), "scale": one.numpy()}]
+    out = compiled(model, recipe="w8a8", calibration=data, report=reports)(x, one)
+    assert statuses(reports[0]) == {"up": "fused", "down": "fused"}
+    # Codes of 8 bits on both sides, two layers.
+    assert distance(out, model(x, one)) < 2 * BOUND
+    torch.compiler.reset()
+    with pytest.raises(qcompiler.CalibrationError, match="needs --calibration DATA"):
+        compiled(model, recipe="w8a8")(x, one)
+
+
+def test_dynamic_activations_need_no_data() -> None:
+    model, reports = Mlp().eval(), list[Report]()
+    run = compiled(model, recipe="w8a8-dynamic", report=reports)
+    for rows in (4, 7, 9):
+        x = torch.randn(rows, 64)
+        assert distance(run(x, torch.ones(1)), model(x, torch.ones(1))) < 2 * BOUND
+    assert len(reports) == 2
+    assert statuses(reports[1]) == {"up": "fused", "down": "fused"}

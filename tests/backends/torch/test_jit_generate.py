@@ -17,7 +17,10 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch.compiler.reset()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small only wait for each other's threads
     yield
+    torch.set_num_threads(threads)
     torch.compiler.reset()
 
 
