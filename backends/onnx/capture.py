@@ -37,9 +37,9 @@ def captured_from(source: Any, args: Any, dynamic_shapes: Any, progress: Progres
         if not path.is_file():
             raise InputError(f"there is no file {source}")
         return Captured(load_onnx(path), "onnx", str(source), sha256_of(path), path)
-    from qcompiler.backends.torch.given import given
+    from qcompiler.backends.torch.given import model_given
 
-    return _exported(given(source, args, dynamic_shapes), progress)
+    return _exported(model_given(source, args, dynamic_shapes), progress)
 
 
 def tied_again(graph: Graph) -> Graph:

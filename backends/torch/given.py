@@ -30,7 +30,7 @@ class Given:
     file: Path | None = None
 
 
-def given(source: Any, args: Any, dynamic_shapes: Any) -> Given:
+def model_given(source: Any, args: Any, dynamic_shapes: Any) -> Given:
     """The model that ``source`` is, or names: the path of a ``.pt2`` file or a model directory, or
     ``package.module:function``. Raises InputError for anything else."""
     if isinstance(source, nn.Module | ExportedProgram):

@@ -21,7 +21,7 @@ from qcompiler.backends.torch.emit import to_graph_module
 from qcompiler.backends.torch.examples import example_of
 from qcompiler.backends.torch.export import export_program
 from qcompiler.backends.torch.fitting import fit_to_chip, refuse_other_width
-from qcompiler.backends.torch.given import Given, given
+from qcompiler.backends.torch.given import Given, model_given
 from qcompiler.backends.torch.inputs import InputCheck
 from qcompiler.backends.torch.notes import FILE, Notes
 from qcompiler.backends.torch.package import StandIns, save
@@ -48,7 +48,7 @@ def captured_from(source: Any, args: Any, dynamic_shapes: Any, progress: Progres
             raise InputError(f"a graph of dialect '{source.dialect}' does not go to a torch target; give the module")
         return Captured(source, "graph")
     _refuse_onnx(source)
-    found = given(source, args, dynamic_shapes)
+    found = model_given(source, args, dynamic_shapes)
     if found.file is not None:
         return Captured(load(found.file), found.kind, found.path, found.sha256, found.file)
     progress.stage("torch.export")
