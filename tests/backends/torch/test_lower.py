@@ -23,6 +23,7 @@ from qcompiler.passes.choose_layout import ChooseLayout
 from qcompiler.payload import ComputedPayload, Payload, computed, constant
 from qcompiler.pipeline import Context, run
 from qcompiler.reader import parse
+from qcompiler.rtn import quantize_weight
 from qcompiler.scheme import parse_scheme
 from qcompiler.spec import check
 from qcompiler.speeds import slower_notes
@@ -181,6 +182,30 @@ def test_a_recipe_on_a_module_with_open_sizes(name: str, dtype: torch.dtype) -> 
     assert made.shape == want.shape
     loss = float((made.double() - want.double()).norm() / want.double().norm())
     assert loss < (0.12 if name == "w4a16" else 0.03)  # 0.07 and 0.010 measured: rounding of the weights, then bf16
+
+
+@needs_avx2
+def test_the_canonical_parameters_come_back_from_the_program() -> None:
+    """The bits that every other target has: those of the quantizer on the same weight under the same scheme."""
+    torch.manual_seed(1)
+    net = Net().eval()
+    graph = load(export_program(net, (torch.zeros(1, 4, dtype=torch.int64),)))
+    run(graph, recipe.load("w4a16").passes, Context(target("torch-cpu:avx2")))
+    held = {v.name: v.payload.array() for v in graph.consts.values() if v.payload is not None}
+    for name, (n, k) in {"q": (40, 40), "k": (24, 40), "o": (40, 24)}.items():
+        scheme = parse_scheme("int4 g128 asym").with_axis(1)
+        want = quantize_weight(net.get_submodule(name).weight.detach().numpy(), scheme)
+        nibbles = layouts.int4unpack(held[f"{name}.weight_int4_avx2"], "avx2")
+        assert np.array_equal(layouts.codes_of(nibbles, n, k, signed=True), want.codes)
+        stored = held[f"{name}.weight_scales_zeros"]
+        scale, zero = layouts.parameters_of(stored, scheme, (n, 1), lower.int4_block(scheme, k))
+        assert np.array_equal(scale, want.scale)
+        assert want.zero is not None
+        assert zero is not None
+        assert np.array_equal(zero, want.zero)
+    table = quantize_weight(net.embed.weight.detach().numpy(), parse_scheme("int8 channel sym").with_axis(0))
+    assert np.array_equal(layouts.int8unpack(held["embed.weight_int8"], 40), table.codes)
+    assert np.array_equal(held["head.weight_scales"], table.scale)
 
 
 @needs_avx2
