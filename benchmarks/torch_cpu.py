@@ -4,9 +4,9 @@
 
 Linear layers: each variant owns enough copies of its layer (over 200 MB of weights) that none stays in the caches; one
 call runs all of them, each on input of its own. Model: each variant lives in a process of its own, and its peak memory
-with it; as many as fit into memory are resident at a time, and every such group holds the floats that others are held
-to. In both parts the variants take turns in random order, round by round; a ratio is the median over rounds of the
-ratio within a round. What the processor can do at best (bytes read and multiply-adds a second) is measured first.
+with it; as many as fit into memory are resident at a time, beside the floats that others are held to. In both parts
+the variants take turns in random order, round by round; a ratio is the median over rounds of the ratio within a round.
+What the processor can do at best (bytes read and multiply-adds a second) is measured first.
 Weights are random, so the quality column says how far the arithmetic is from fp32's, not how well a model speaks.
 torchao takes part where it is installed. The results go to ``benchmarks/results/torch_cpu.json`` and ``.md``.
 """
@@ -23,7 +23,8 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,8 +203,9 @@ class Process:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
         found = self._answer()
-        self.failed: str = found.get("failed", "")
+        self.variant, self.failed = variant, str(found.get("failed", ""))
         self.told: dict[str, Any] = found.get("ready", {})
+        self.logits = None if self.failed else torch.load(logits)
 
     def _answer(self) -> dict[str, Any]:
         assert self.child.stdout is not None
@@ -228,78 +230,72 @@ class Process:
 
 
 def model_part(shown: list[Variant], size: Size, rounds: int, threads: int) -> list[dict[str, Any]]:
-    """A record for every variant: decoding, prefill, memory."""
-    out: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        wanted = None
-        for group in groups(shown, size):
-            opened: dict[str, Process] = {}
-            try:
-                for v in group:
-                    told(f"model: {v.name}")
-                    logits = Path(scratch) / f"{len(out)}-{len(opened)}.pt"
-                    process = Process(v, size, threads, logits)
-                    if process.failed:
-                        out.append({"variant": v.name, "kernel": v.kernel, "failed": process.failed})
-                        process.close()
-                        continue
-                    opened[v.name] = process
-                    process.told["logits"] = torch.load(logits)
-                    if v.name == BASES[0]:
-                        wanted = process.told["logits"]
-                out += race(opened, {v.name: v for v in group}, size, rounds, wanted)
-            finally:
-                for process in opened.values():
-                    process.close()
-    seen: set[str] = set()  # a base is in every group: the table shows its first
-    return [r for r in out if not (r["variant"] in seen or seen.add(r["variant"]))]  # type: ignore[func-returns-value]
+    """A record for every variant: decoding, prefill, memory. The bases stay open and are timed beside all others."""
+    out: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as kept:
+        bases = opened([v for v in shown if v.name in BASES], size, threads, Path(scratch), kept, out)
+        waiting = groups([v for v in shown if v.name not in BASES], size)
+        for group in waiting or [[]]:
+            with ExitStack() as stack:
+                racing = bases + opened(group, size, threads, Path(scratch), stack, out)
+                for record in race(racing, size, rounds):
+                    out.setdefault(record["variant"], record)
+    return [out[v.name] for v in shown]
 
 
-def race(opened: dict[str, Process], known: dict[str, Variant], size: Size, rounds: int, want: Any) -> list[Any]:
-    """Turns of every process in a group, in random order."""
-    decode: Rounds = {name: [] for name in opened}
-    prefill: Rounds = {name: [] for name in opened}
+def opened(
+    group: list[Variant], size: Size, threads: int, folder: Path, stack: ExitStack, out: dict[str, dict[str, Any]]
+) -> list[Process]:
+    """Processes of the variants, opened one after the other; one that fails leaves a record in ``out``."""
+    found = []
+    for v in group:
+        told(f"model: {v.name}")
+        process = Process(v, size, threads, folder / f"{v.name}.pt")
+        stack.callback(process.close)
+        if process.failed:
+            out[v.name] = {"variant": v.name, "kernel": v.kernel, "failed": process.failed}
+        else:
+            found.append(process)
+    return found
+
+
+def race(racing: list[Process], size: Size, rounds: int) -> list[dict[str, Any]]:
+    """Turns of every process, in random order; a record each."""
+    decode: Rounds = {p.variant.name: [] for p in racing}
+    prefill: Rounds = {p.variant.name: [] for p in racing}
     order = random.Random(0)
     for number in range(rounds):
         told(f"model: round {number + 1} of {rounds}")
-        for name in order.sample(sorted(opened), len(opened)):
-            decode[name].append(statistics.median(opened[name].ask(f"decode {STEPS}")["seconds"]))
-            prefill[name].append(opened[name].ask("prefill")["seconds"][0])
+        for process in order.sample(racing, len(racing)):
+            decode[process.variant.name].append(statistics.median(process.ask(f"decode {STEPS}")["seconds"]))
+            prefill[process.variant.name].append(process.ask("prefill")["seconds"][0])
+    want = next((p.logits for p in racing if p.variant.name == BASES[0]), None)
     out = []
-    for name, process in opened.items():
-        logits = process.told.pop("logits")
-        took = known[name].weight_bytes(linear_weights(size))
-        record = {"variant": name, "kernel": known[name].kernel, "weight_bytes": took} | process.told
-        record |= process.ask("memory") | {"sqnr_db": None if want is None else round(sqnr(want, logits), 1)}
+    for process in racing:
+        name, took = process.variant.name, process.variant.weight_bytes(linear_weights(size))
+        record: dict[str, Any] = {"variant": name, "kernel": process.variant.kernel, "weight_bytes": took}
+        record |= process.told | process.ask("memory")
+        record["sqnr_db"] = None if want is None else round(sqnr(want, process.logits), 1)
         record["decode"], record["prefill"] = figures(decode, name), figures(prefill, name)
         record["bytes_per_s"] = took / record["decode"]["s"]
         out.append(record)
     return out
 
 
-def groups(shown: list[Variant], size: Size) -> Iterable[list[Variant]]:
-    """The variants in groups that fit into memory together, each with the bases: those are timed beside all others.
-
-    A variant of ours is built in float first; so one is opened at a time, and the bases last.
-    """
+def groups(rest: list[Variant], size: Size) -> list[list[Variant]]:
+    """The variants in groups that fit into memory together, beside the float model that the last one is built of."""
     weights = linear_weights(size) + size.vocab * size.hidden
-    free = available() - SPARE
-
-    def need(v: Variant) -> float:
-        return OVERHEAD + (2 if v.frozen else 1) * v.weight_bytes(weights)
-
-    bases = [v for v in shown if v.name in BASES]
-    rest = [v for v in shown if v.name not in BASES]
-    largest = 4 * weights  # the float model that the last one of a group is built of
-    left = free - sum(map(need, bases)) - largest
-    group: list[Variant] = []
+    left = available() - SPARE - 4 * weights
+    out: list[list[Variant]] = []
+    used = 0.0
     for v in rest:
-        if group and sum(map(need, [*group, v])) > left:
-            yield [*group, *bases]
-            group = []
-        group.append(v)
-    if group or bases:
-        yield [*group, *bases]
+        need = OVERHEAD + (2 if v.frozen else 1) * v.weight_bytes(weights)
+        if not out or used + need > left:
+            out.append([])
+            used = 0.0
+        out[-1].append(v)
+        used += need
+    return out
 
 
 def available() -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from qcompiler.backends.onnx.stopwatch import rest
 
 
 def status(field: str) -> int:
@@ -176,6 +177,7 @@ class Serving:
             return {"seconds": self.prefill()} if word == "prefill" else self.memory()
         finally:
             gc.enable()
+            rest()  # threads go on spinning after a run; the next process has the processor for itself
 
 
 def main() -> None:
