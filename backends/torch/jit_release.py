@@ -22,7 +22,7 @@ from qcompiler.errors import InputError
 
 _METADATA = frozenset(
     {"shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn", "is_sparse"}
-) | {"is_cuda", "is_cpu", "is_meta", "is_quantized", "is_nested", "is_mkldnn", "names", "_version", "itemsize"}
+) | {"is_cuda", "is_cpu", "is_meta", "is_quantized", "is_nested", "is_mkldnn", "_version", "itemsize", "nbytes"}
 _CALLS = frozenset(
     {"size", "dim", "stride", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "is_inference"}
 ) | {"is_contiguous", "element_size", "storage_offset", "get_device", "__len__", "__hash__"}
