@@ -213,6 +213,8 @@ def _facts(answers: Mapping[str, Any], phase: Phase, verdict: NodeVerdict) -> di
     if not found or verdict.node is None:
         return {}
     facts = {"m": found["m"], "ran": found.get("ran", []), "temp_bytes": found.get("temp", 0)}
+    # Copies of the activation and of the result: floats, and sums in 32 bits.
+    facts["allowed_bytes"] = SCRATCH + 8 * found["elements"]
     facts["expanded_bytes"] = 2 * verdict.node.rows * verdict.node.columns
     return facts | ({} if found["off"] is None else {"relative_error": round(found["off"], 6)})
 
@@ -224,10 +226,8 @@ def _verdict_of(verdict: NodeVerdict, facts: Mapping[str, Any]) -> Verdict:
         return "wrong"
     if node is None or node.kind == "matmul":
         return "fused"
-    # Copies of the activation and of the result: floats and sums in 32 bits.
-    allowed = SCRATCH + 8 * facts["m"] * (node.rows + node.columns)
-    whole = facts["expanded_bytes"]
-    return "dequant" if whole and facts["temp_bytes"] >= whole and facts["temp_bytes"] > allowed else "fused"
+    whole, temp = facts["expanded_bytes"], facts["temp_bytes"]
+    return "dequant" if whole and temp >= whole and temp > facts["allowed_bytes"] else "fused"
 
 
 def _measured_finding(verdict: NodeVerdict, bad: Verdict, facts: Mapping[str, Any]) -> Finding:

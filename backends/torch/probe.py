@@ -10,7 +10,8 @@ both JSON. A job::
 and its answer::
 
     {"loaded": true, "error": "", "runs": [{"phase": "decode", "ok": true, "error": "", "peak": bytes,
-      "ops": {label: {"ran": [names of operators inside], "temp": bytes, "m": rows, "off": relative error or null}}}]}
+      "ops": {label: {"ran": [names of operators inside], "temp": bytes, "m": rows, "elements": of activation
+       and result, "off": relative error or null}}}]}
 
 ``temp`` is what was allocated inside a low-bit call at once, its results left out; ``off`` the relative root mean
 square error against float64. The name of the op that runs is in the file ``at``, for when the process dies of it.

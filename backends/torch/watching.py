@@ -83,11 +83,13 @@ class Watched(Interpreter):
         return results
 
     def _note(self, node: LowBit, known: Mapping[Value, Any], results: Sequence[Any]) -> None:
-        x = known.get(node.x) if node.x is not None else None
-        shape = tuple(x.shape) if isinstance(x, torch.Tensor) else tuple(results[0].shape)
-        rows = math.prod(shape[:-1]) if shape else 1
+        x, y = known.get(node.x) if node.x is not None else None, results[0]
+        elements = y.numel() + (x.numel() if isinstance(x, torch.Tensor) else 0)
+        # A convolution has a row for each of its windows.
+        like = x if isinstance(x, torch.Tensor) and node.kind != "conv" else y
+        rows = math.prod(like.shape[:-1]) if node.kind != "conv" else y.numel() // max(1, node.rows)
         facts = self.seen.setdefault(node.op, {"off": None})
-        facts["m"] = rows
+        facts |= {"m": rows, "elements": elements}
         key = (node.op.name, node.rows, node.columns, node.scheme_text, rows)
         if key not in self.checked:
             self.checked.add(key)
