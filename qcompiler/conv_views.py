@@ -92,7 +92,7 @@ def as_conv(op: Op) -> ConvView:
 
 def _weight(op: Op) -> Value:
     """The weight as written; declines where it is no constant, or the op is more than a convolution."""
-    if op.name == "onnx.ConvTranspose" or _is_transposed(op):
+    if op.name == "onnx.ConvTranspose" or "conv_transpose" in op.name or _is_transposed(op):
         message = f"{op.name} '{op.label}' is a transposed convolution, for which no integer kernel is known"
         raise Declined(Reason("QC201", message, "leave it in float"))
     if op.name == "com.microsoft.FusedConv" and (op.attrs.get("activation") or op.operand(3) is not None):

@@ -36,6 +36,7 @@ CONV_OPS = frozenset(
     {"onnx.Conv", "onnx.ConvTranspose", "com.microsoft.FusedConv", "aten.conv1d.default"}
     | {"aten.conv2d.default", "aten.conv3d.default", "aten.convolution.default"}
     | {"aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.padding"}
+    | {"aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"}
 )
 RECURRENT_OPS = frozenset({"onnx.LSTM", "onnx.GRU", "onnx.RNN", "aten.lstm.input", "aten.gru.input"})
 
