@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from qcompiler import api, driver
 from qcompiler import recipe as recipes
 from qcompiler.backends.base import Silent
-from qcompiler.dtypes import Array
+from qcompiler.backends.onnx import layouts as onnx_layouts
+from qcompiler.backends.torch import capture, layouts, lower
+from qcompiler.dtypes import Array, unpack_bits
 from qcompiler.report.model import Report
+from qcompiler.scheme import parse_scheme
 from tests import zoo
 
 MODELS = ("llama", "llama_tied", "qwen3", "gpt2", "opt", "phi3", "gemma", "bert", "vit", "cnn")
@@ -91,3 +95,52 @@ def test_both_roads_fuse_the_same_sites(model: str, recipe: str, tmp_path: Path)
     (report,) = reports
     fused_or_named(report)
     assert told(report) == told(artifact.report)
+
+
+def test_both_runtimes_hold_the_same_bits(tmp_path: Path) -> None:
+    """Codes, scales and zero points of an ONNX artifact and of a torch artifact, each read from its own layout."""
+    sample = zoo.mlp()
+    held: dict[str, dict[str, tuple[Array, Array, Array]]] = {}
+    for target in ("ort-cpu", "torch-cpu"):
+        artifact = api.compile(
+            sample.module, args=sample.args, dynamic_shapes=sample.dynamic_shapes, target=target, recipe="w4a16"
+        )
+        held[target] = (ort_bits if target == "ort-cpu" else torch_bits)(artifact)
+    assert set(held["ort-cpu"]) == set(held["torch-cpu"]) == {"0", "2"}
+    for site, bits in held["ort-cpu"].items():
+        for ours, theirs in zip(bits, held["torch-cpu"][site], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def ort_bits(artifact: api.Artifact) -> dict[str, tuple[Array, Array, Array]]:
+    model = onnx.load(artifact.path)
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    out = {}
+    for node in model.graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        n, k = (next(a.i for a in node.attribute if a.name == key) for key in "NK")
+        codes, scales, zeros = (stored[name] for name in node.input[1:4])
+        groups = scales.size // n
+        zero = unpack_bits(zeros.reshape(n, -1), 4, n * (zeros.size // n) * 2, signed=False).reshape(n, -1)[:, :groups]
+        found = onnx_layouts.unblocks(codes, 4, k, signed=False), scales.reshape(n, groups), zero
+        out[node.name] = found
+    return out
+
+
+def torch_bits(artifact: api.Artifact) -> dict[str, tuple[Array, Array, Array]]:
+    graph = capture.load(artifact.path)
+    out = {}
+    for op in graph.walk():
+        if op.name != "aten._weight_int4pack_mm_for_cpu.default":
+            continue
+        codes, stored = (v.payload.array() for v in op.operands[1:3] if v is not None and v.payload is not None)
+        site = next(s for s in artifact.report.sites if s.name == op.label)
+        width = next(w for w in ("avx512", "avx2") if any(f"_{w}" in str(v.name) for v in op.operands if v is not None))
+        nibbles = layouts.int4unpack(codes, width)
+        scheme = parse_scheme("int4 g128 asym").with_axis(1)
+        scale, zero = layouts.parameters_of(stored, scheme, (site.n, 1), lower.int4_block(scheme, site.k))
+        assert zero is not None
+        unsigned = layouts.codes_of(nibbles, site.n, site.k, signed=True).astype(np.int16) + 8
+        out[op.label] = unsigned.astype(np.uint8), scale, (zero.astype(np.int16) + 8).astype(np.uint8)
+    return out
