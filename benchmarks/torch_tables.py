@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch_variants import BASES, WHY
+from torch_variants import BASES, PACK4, PACK8, WHY
 
 SLOWER = 0.97
 """Below this many times the float speed a cell counts as slower; nearer ones are within the noise of a round."""
+
+FEW = 4
+"""Rows up to which reading the weights is what takes the time."""
+_UNEXPECTED = (
+    "not expected where reading the weights takes the time, of which it reads fewer bytes; the rounds in the JSON file "
+    "tell whether the machine was busy"
+)
+WHY_FEW = {PACK4: _UNEXPECTED, PACK8: _UNEXPECTED}
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -113,7 +121,8 @@ def slower_cells(found: dict[str, Any]) -> Iterator[str]:
         if "failed" not in r and not _is_float(r["variant"]):
             for base, times in r["faster"].items():
                 if times < SLOWER:
-                    key = (r["variant"], base, f"linear {r['k']}x{r['n']}")
+                    few = ", few rows" if r["m"] <= FEW else ""
+                    key = (r["variant"], base, f"linear {r['k']}x{r['n']}{few}")
                     rate = r["k"] * r["n"] * r["m"] / r["s"]
                     cells.setdefault(key, []).append(f"M={r['m']} ({times:.2f}, {rate / 1e9:.0f} G multiply-adds/s)")
     for r in found.get("model", []):
@@ -124,7 +133,9 @@ def slower_cells(found: dict[str, Any]) -> Iterator[str]:
                         cells.setdefault((r["variant"], base, f"the llama's {what}"), []).append(f"{times:.2f}")
     kernels = {r["variant"]: r["kernel"] for part in ("linear", "model") for r in found.get(part, [])}
     for (name, base, where), at in cells.items():
-        yield f"- {name} against {base}, {where}: {', '.join(at)}. `{kernels[name]}`: {WHY[kernels[name]]}."
+        few = where.endswith("decode") or where.endswith("rows")
+        why = WHY_FEW.get(kernels[name], WHY[kernels[name]]) if few else WHY[kernels[name]]
+        yield f"- {name} against {base}, {where}: {', '.join(at)}. `{kernels[name]}`: {why}."
 
 
 def _is_float(name: str) -> bool:
