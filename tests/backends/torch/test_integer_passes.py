@@ -15,6 +15,7 @@ from qcompiler.backends.torch.running import runnable
 from qcompiler.calibrate.calibrator import Calibrator
 from qcompiler.calibrate.data import open_data
 from qcompiler.dtypes import Array
+from qcompiler.errors import RecipeError
 from qcompiler.ir import Graph
 from qcompiler.pipeline import Context, run
 from qcompiler.spec import check
@@ -131,3 +132,9 @@ def test_what_no_row_serves_is_named() -> None:
         skipped = {s.name: s.reason for s in ctx.ledger if s.status == "skipped"}
         assert skipped.keys() == {"0", "4"}
         assert all("no kernel for q.conv" in str(reason) for reason in skipped.values())
+
+
+def test_a_weight_in_a_subgraph_is_named() -> None:
+    graph = load(program("cond"))
+    with pytest.raises(RecipeError, match="its weight is passed to a subgraph of higher_order.cond"):
+        run(graph, recipe.parse_line(f"normalise, {WEIGHTS}").passes, Context(None))
