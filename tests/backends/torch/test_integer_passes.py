@@ -136,5 +136,5 @@ def test_what_no_row_serves_is_named() -> None:
 
 def test_a_weight_in_a_subgraph_is_named() -> None:
     graph = load(program("cond"))
-    with pytest.raises(RecipeError, match="its weight is passed to a subgraph of higher_order.cond"):
+    with pytest.raises(RecipeError, match=r"its weight is passed to a subgraph of higher_order\.cond"):
         run(graph, recipe.parse_line(f"normalise, {WEIGHTS}").passes, Context(None))
