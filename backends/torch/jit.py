@@ -21,7 +21,7 @@ from qcompiler.backends.torch.jit_compile import Order, compile_untouched
 from qcompiler.backends.torch.jit_growing import marked
 from qcompiler.backends.torch.jit_names import Names, name_placeholders, owners_in_training
 from qcompiler.backends.torch.jit_options import Options, read_options
-from qcompiler.backends.torch.jit_run import CompiledGraph
+from qcompiler.backends.torch.jit_run import ONLY, CompiledGraph
 from qcompiler.errors import Error, InputError
 
 
@@ -55,7 +55,7 @@ def _compiled(module: fx.GraphModule, example_inputs: Sequence[Any], options: Op
         return marked(CompiledGraph(order, examples), aot, names)
 
     def training(aot: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        raise InputError(f"{_ONLY}, and this graph needs gradients; run it under torch.no_grad()")
+        raise InputError(f"{ONLY}, and this graph needs gradients; run it under torch.no_grad()")
 
     # Without gradients AOT takes its inference road, whatever the caller's mode: its runtime turns them off as well.
     with torch.no_grad():
@@ -66,19 +66,16 @@ def _compiled(module: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     return compiled
 
 
-_ONLY = "backend='qcompiler' compiles for inference"
-
-
 def _check_inference(names: Names, example_inputs: Sequence[Any]) -> None:
     if training := owners_in_training(names):
-        raise InputError(f"{_ONLY}, and the module of {training[0]!r} is in training mode; call model.eval() first")
+        raise InputError(f"{ONLY}, and the module of {training[0]!r} is in training mode; call model.eval() first")
     if not torch.is_grad_enabled():
         return
     for i, value in enumerate(example_inputs):
         if isinstance(value, torch.Tensor) and i not in names.held and _wants_gradients(value):
             name = names.inputs.get(i, str(i))
             raise InputError(
-                f"{_ONLY}, and its input {name!r} needs gradients; detach it, or run the model under torch.no_grad()"
+                f"{ONLY}, and its input {name!r} needs gradients; detach it, or run the model under torch.no_grad()"
             )
 
 

@@ -16,12 +16,12 @@ from torch import fx, nn
 from qcompiler import driver
 from qcompiler.backends.base import Captured
 from qcompiler.backends.torch import jit_cache, jit_release, jit_reports
+from qcompiler.backends.torch.jit_calibration import SizingBackend, data_of
 from qcompiler.backends.torch.jit_capture import CapturedGraph, arguments_of, capture_graph
 from qcompiler.backends.torch.jit_inner import Runner, default_inner, inner_compile
 from qcompiler.backends.torch.jit_lift import Lifted, examples_for, lift
 from qcompiler.backends.torch.jit_names import Names
 from qcompiler.backends.torch.jit_options import Options
-from qcompiler.calibrate.data import open_data
 from qcompiler.driver import Job
 from qcompiler.errors import BadWeights, RecipeError, RejectedError
 from qcompiler.memory import give_back
@@ -60,7 +60,8 @@ class Order:
         job = driver.start(self.target, self.options.recipe, self.options.phases, None)
         job.ctx.partial = self._partial(captured)
         if self.options.calibration is not None:
-            driver.calibrate_with(job, open_data(self.options.calibration))
+            job.backend = SizingBackend()
+            driver.calibrate_with(job, data_of(self.options.calibration))
         try:
             driver.run_recipe(job, captured.graph)
         except BadWeights as e:

@@ -64,6 +64,12 @@ class Names:
         """The module that is called, where it was found."""
         return None if self.home is None else self.home()
 
+    @property
+    def training(self) -> bool:
+        """Whether that module as a whole is in training mode."""
+        module = self.module
+        return module is not None and module.training
+
     def rebound(self, tensors: Mapping[int, torch.Tensor]) -> Names:
         """The same for other ``tensors`` in the places of those that are held: another module, the same code."""
         new = Names({}, self.inputs, dict(self.roots), self.home)

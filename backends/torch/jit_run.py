@@ -13,6 +13,9 @@ from typing import Any
 from qcompiler.backends.torch import jit_release
 from qcompiler.backends.torch.jit_capture import arguments_of
 from qcompiler.backends.torch.jit_compile import Order, Variant, make_variant
+from qcompiler.errors import InputError
+
+ONLY = "backend='qcompiler' compiles for inference"
 
 
 class CompiledGraph:
@@ -24,12 +27,15 @@ class CompiledGraph:
         self.order, self.examples = order, list(examples)
         sources = enumerate(arguments_of(order.module))
         self.places = [place for place, s in sources if s is not None and s in order.names.held]
+        self.quiet = not order.names.training
         self.after: Callable[[Sequence[Any]], None] | None = None
         self.last = make_variant(order, self.examples, {})
         first = tuple(id(order.names.held[s].tensor) for s in arguments_of(order.module) if s in order.names.held)
         self.variants: dict[tuple[int, ...], Variant] = {first: self.last}
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
+        if self.quiet and self.order.names.training:
+            raise InputError(f"{ONLY}, and the model was put in training mode since; call model.eval() first")
         variant = self.last
         if not variant.fits(args):
             variant = self.last = self._other(args)

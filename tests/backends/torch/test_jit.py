@@ -311,6 +311,16 @@ def test_training_mode_is_refused_in_one_sentence() -> None:
         run(IDS)
 
 
+def test_a_model_that_goes_back_to_training_is_refused() -> None:
+    model = Net().eval()
+    run = compiled(model)
+    out = run(IDS)
+    model.train()
+    with pytest.raises(qcompiler.InputError, match=r"is in training mode|was put in training mode since"):
+        run(IDS)
+    assert torch.equal(compiled(model.eval())(IDS), out)
+
+
 def test_an_input_that_needs_gradients_is_refused_by_name() -> None:
     run = compiled(nn.Linear(64, 64).eval())
     with pytest.raises(qcompiler.InputError, match="its input 'input' needs gradients; detach it"):
@@ -433,6 +443,22 @@ def test_static_activations_are_measured_on_data_by_the_names_of_the_arguments()
     torch.compiler.reset()
     with pytest.raises(qcompiler.CalibrationError, match="needs --calibration DATA"):
         compiled(model, recipe="w8a8")(x, one)
+
+
+def test_data_serves_graphs_with_open_sizes() -> None:
+    model, reports, one = Mlp().eval(), list[Report](), torch.ones(1)
+    data = {"x": torch.randn(64, 64).numpy(), "scale": one.numpy()}
+    run = torch.compile(
+        model,
+        backend="qcompiler",
+        dynamic=True,
+        options={"inner": "eager", "recipe": "w8a8", "calibration": [data], "report": reports},
+    )
+    for rows in (5, 9):
+        x = torch.randn(rows, 64)
+        # Codes of 8 bits on both sides, two layers.
+        assert distance(run(x, one), model(x, one)) < 2 * BOUND
+    assert len(reports) == 1
 
 
 def test_dynamic_activations_need_no_data() -> None:
