@@ -18,6 +18,8 @@ ROWS = 512
 """Output features that are compared, from the first: a whole number of blocks of every layout."""
 ACTIVATIONS = 64
 """Rows of the activation that are compared."""
+CONVOLUTION = 1 << 28
+"""Products of a convolution above which it is not compared."""
 WRONG = 0.02
 """Relative root mean square error of wrong numbers. Rounding weights, sums and results to bf16 gives 2^-9 each, which
 is 0.6 % together; codes of another layout give 100 %."""
@@ -29,6 +31,7 @@ class Reference:
     def __init__(self, metadata: Mapping[str, str]) -> None:
         self.width = metadata.get(WIDTH) or _here()
 
+    @torch.no_grad()
     def relative_error(self, node: LowBit, known: Mapping[Value, Any], result: Any) -> float | None:
         """Root mean square of the difference over that of the reference; None where there is no reference."""
         if not isinstance(result, torch.Tensor) or not result.numel() or not node.rows:
@@ -39,6 +42,8 @@ class Reference:
             weight = self._int8(node, known)
         elif node.call == "qcompiler.qlinear":
             return _integer(node, known, result)
+        elif node.call == "qcompiler.qconv":
+            return _convolution(node, known, result)
         else:
             return None
         x = known.get(node.x) if node.x is not None else None
@@ -95,6 +100,34 @@ def _integer(node: LowBit, known: Mapping[Value, Any], result: torch.Tensor) -> 
         y_scale, y_zero = given(6), given(7)
         wanted = torch.clamp(torch.round(wanted / y_scale) + y_zero, 0, 255)
     return _relative(wanted.numpy(), got)
+
+
+def _convolution(node: LowBit, known: Mapping[Value, Any], result: torch.Tensor) -> float | None:
+    """``qcompiler::qconv`` on the first of the batch, where that is little work in float64."""
+
+    def given(index: int) -> Any:
+        found = argument(node.op, index)
+        return known.get(found) if isinstance(found, Value) else found
+
+    x, x_scale, x_zero, weight, w_scale, bias = (given(i) for i in range(6))
+    if not all(isinstance(t, torch.Tensor) for t in (x, x_scale, x_zero, weight, w_scale)):
+        return None
+    stride, padding, dilation, groups = (
+        list(a) if isinstance(a, tuple) else a for a in (given(i) for i in range(6, 10))
+    )
+    work = node.columns * (result.numel() // max(1, result.shape[0]))
+    if work > CONVOLUTION or not isinstance(groups, int):
+        return None
+    axes = x.dim() - 2
+    wide = (x[:1].double() - x_zero.double()) * x_scale.double()
+    shape = (-1,) + (1,) * (axes + 1)
+    convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[axes - 1]
+    floats = weight.double() * w_scale.double().reshape(shape)
+    wanted: Any = convolve(wide, floats, None if bias is None else bias.double(), stride, padding, dilation, groups)
+    if result.dtype == torch.uint8:
+        y_scale, y_zero = given(10), given(11)
+        wanted = torch.clamp(torch.round(wanted / y_scale) + y_zero, 0, 255)
+    return _relative(wanted.numpy(), result[:1])
 
 
 def _relative(wanted: Array, got: torch.Tensor) -> float | None:

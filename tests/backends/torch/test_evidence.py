@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from qcompiler import recipe as recipes
+from qcompiler.backends.torch.capture import load
 from qcompiler.backends.torch.evidence import NOTHING, TorchEvidence, verify_file
 from qcompiler.backends.torch.kernels import target
+from qcompiler.backends.torch.nodes import LowBit
+from qcompiler.backends.torch.reference import WRONG
+from qcompiler.backends.torch.watching import Watched
 from qcompiler.dtypes import BF16
 from qcompiler.ir import TensorType
 from qcompiler.payload import constant
+from qcompiler.pipeline import Context, run
+from tests.backends.torch import exports
 from tests.backends.torch.lowered import RECIPES, SITES, at, lowered, written
 
 CPU = target("torch-cpu")
@@ -121,6 +129,39 @@ def test_damaged_files_are_the_users_fault(tmp_path: Path) -> None:
     path.write_bytes(b"no archive")
     with pytest.raises(InputError, match=r"not a \.pt2"):
         verify_file(path, CPU)
+
+
+class Kept(Watched):
+    """Keeps what each low-bit call was given and gave."""
+
+    def _note(self, node: LowBit, known: Any, results: Any) -> None:
+        self.seen.setdefault(node.op, {})["kept"] = (node, dict(known), results[0])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("network", ["tied", "cnn"])
+def test_numbers_are_held_against_float64(network: str, recipe: str) -> None:
+    """What the calls give is right; the same numbers in another order are not."""
+    if network == "tied":
+        graph, feed = lowered(recipe), {"ids": np.arange(14).reshape(2, 7)}
+    else:
+        graph = load(exports.program("cnn"))
+        run(graph, recipes.load(recipe).passes, Context(CPU))
+        pictures = graph.inputs[0]
+        shape = [2 if not isinstance(d, int) else d for d in pictures.tensor.shape or ()]
+        feed = {pictures.name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    kept = Kept(graph, None)
+    kept(feed)
+    calls = [facts["kept"] for facts in kept.seen.values()]
+    assert {n.kind for n, _, _ in calls} & {"linear", "conv"}
+    for node, known, result in calls:
+        if node.kind != "embedding":
+            right = kept.reference.relative_error(node, known, result)
+            assert right is not None
+            assert right < 0.006
+            wrong = kept.reference.relative_error(node, known, result.roll(1, 1))
+            assert wrong is not None
+            assert wrong > WRONG
 
 
 # -- what may end the process: last, since each takes a new one ----------------------------------------------------
