@@ -14,10 +14,10 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from qcompiler.backends.base import COMPARE_LIMIT, Captured, Progress, Written
-from qcompiler.backends.torch import aot
+from qcompiler.backends.torch import aot, canary
 from qcompiler.backends.torch.archive import holds_code, open_program
 from qcompiler.backends.torch.capture import load
-from qcompiler.backends.torch.emit import to_graph_module
+from qcompiler.backends.torch.emit import CUSTOM, to_graph_module
 from qcompiler.backends.torch.examples import example_of
 from qcompiler.backends.torch.export import export_program
 from qcompiler.backends.torch.fitting import fit_to_chip, refuse_other_width
@@ -30,6 +30,8 @@ from qcompiler.backends.torch.specs import parse_spec
 from qcompiler.backends.torch.subclasses import is_wrapped
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
+from qcompiler.passes.dce import Dce
+from qcompiler.pipeline import Context
 
 # -- in ------------------------------------------------------------------------------------------------------
 
@@ -50,15 +52,21 @@ def captured_from(source: Any, args: Any, dynamic_shapes: Any, progress: Progres
     _refuse_onnx(source)
     found = model_given(source, args, dynamic_shapes)
     if found.file is not None:
-        return Captured(load(found.file), found.kind, found.path, found.sha256, found.file)
+        return Captured(_live(load(found.file)), found.kind, found.path, found.sha256, found.file)
     progress.stage("torch.export")
     program = found.model if isinstance(found.model, ExportedProgram) else _exported(found)
-    graph = load(program)
+    graph = _live(load(program))
     _refuse_training(graph)
     captured = Captured(graph, found.kind, found.path, found.sha256)
     if not any(map(is_wrapped, program.state_dict.values())) and _bytes(program) <= COMPARE_LIMIT:
         captured.write_reference = lambda: _saved(program, captured)
     return captured
+
+
+def _live(graph: Graph) -> Graph:
+    """``graph`` without what no output depends on: torch.export leaves it in (a pooler whose result is dropped)."""
+    Dce().run(graph, Context())
+    return graph
 
 
 def _refuse_onnx(source: Any) -> None:
@@ -138,10 +146,12 @@ def write(graph: Graph, path: Path, options: Mapping[str, Any], progress: Progre
 
 
 def reexported(graph: Graph, stand_ins: StandIns | None = None) -> ExportedProgram:
-    """``graph`` as an exported program; big constants are stand-ins where these are given. Raises InputError."""
+    """``graph`` as an exported program, with the check of its int4 weights; big constants are stand-ins where these are
+    given. Raises InputError."""
     example = example_of(graph)
     tensors = None if stand_ins is None else stand_ins.tensor
     module = to_graph_module(graph, check_inputs=False, tensors=tensors)
+    canary.plant(module, graph, CUSTOM)
     return export_program(module, example.args, example.dynamic_shapes, example.kwargs)
 
 

@@ -83,7 +83,8 @@ def test_both_roads_fuse_the_same_sites(model: str, recipe: str, tmp_path: Path)
         out=tmp_path / "model.pt2",
     )
     fused_or_named(artifact.report)
-    assert {s.evidence for s in artifact.report.sites if s.status == "fused"} == {"measured"}
+    stored = [s for s in artifact.report.sites if s.status == "fused" and s.bytes["codes"]]  # bert's pooler is not
+    assert {s.evidence for s in stored} == {"measured"}
     near(artifact(*sample.args)[0], want, BOUND[recipe])
 
     torch.compiler.reset()
