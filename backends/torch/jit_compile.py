@@ -172,7 +172,7 @@ def make_variant(order: Order, examples: Sequence[Any], known: Mapping[str, Runn
         return _rejected(order, prepared, final, examples)
     lifted = prepared.lifted
     key = _key(lifted)
-    runner = known.get(key) or inner_compile(lifted.module, examples_for(lifted, examples), inner)
+    runner = known.get(key) or inner_compile(lifted.module, examples_for(lifted, examples), inner, order.module)
     made = Variant(lifted.read, runner, key)
     with real_tensors():
         try:
@@ -194,7 +194,7 @@ def _key(lifted: Lifted) -> str:
 
 def compile_untouched(order: Order, examples: Sequence[Any]) -> Callable[[list[Any]], Sequence[Any]]:
     """The graph as it is, run by what is underneath."""
-    runner = inner_compile(order.module, examples, order.inner()[0])
+    runner = inner_compile(order.module, examples, order.inner()[0], order.module)
 
     def run(args: list[Any]) -> Sequence[Any]:
         return runner(args)
@@ -214,7 +214,7 @@ def _rejected(order: Order, prepared: Prepared, final: Report, examples: Sequenc
         raise RejectedError(driver.rejection(final), final)
     sites = [s.name for s in final.sites if s.status == "unfused"] or [f.op for f in final.findings]
     _warn_once(tuple(sites), driver.rejection(final))
-    runner = inner_compile(order.module, examples, order.inner()[0])
+    runner = inner_compile(order.module, examples, order.inner()[0], order.module)
     made = Variant(tuple(range(len(examples))), runner, "as it was")
     with real_tensors():
         made.watch(prepared.captured)

@@ -31,11 +31,15 @@ def marked(made: Callable[..., Any], module: fx.GraphModule, names: Names) -> Ca
     return made
 
 
-def _marking(places: Sequence[tuple[int, int]], mark: Callable[..., Any]) -> Callable[[Sequence[Any]], None]:
-    def after(outputs: Sequence[Any]) -> None:
+def _marking(places: Sequence[tuple[int, int]], mark: Callable[..., Any]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    def after(outputs: Sequence[Any]) -> Sequence[Any]:
+        found = list(outputs)
         for output, axis in places:
-            if isinstance(outputs[output], torch.Tensor):
-                mark(outputs[output], axis)
+            if isinstance(found[output], torch.Tensor):
+                # The next graph extends it by a cat, whose result is contiguous: so is what it starts from.
+                found[output] = found[output].contiguous()
+                mark(found[output], axis)
+        return found
 
     return after
 

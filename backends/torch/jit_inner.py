@@ -28,9 +28,12 @@ def default_inner() -> tuple[str, str]:
     return "inductor", ""
 
 
-def inner_compile(module: fx.GraphModule, examples: Sequence[Any], inner: str) -> Runner:
-    """``module`` as something that runs; ``examples`` are its inputs, fake tensors and symbolic sizes."""
-    return _inductor(module, examples) if inner == "inductor" else _eager(module)
+def inner_compile(module: fx.GraphModule, examples: Sequence[Any], inner: str, captured: fx.GraphModule) -> Runner:
+    """``module`` as something that runs; ``examples`` are its inputs, fake tensors and symbolic sizes.
+
+    ``captured`` is the graph that it was made of, whose outputs tell their layout in memory.
+    """
+    return _inductor(module, examples, captured) if inner == "inductor" else _eager(module)
 
 
 def _eager(module: fx.GraphModule) -> Runner:
@@ -42,7 +45,15 @@ def _eager(module: fx.GraphModule) -> Runner:
     return run
 
 
-def _inductor(module: fx.GraphModule, examples: Sequence[Any]) -> Runner:
+def _keep_strides(module: fx.GraphModule, captured: fx.GraphModule) -> None:
+    """Outputs are laid out in memory as eager torch would: a cache in another layout would be compiled for again."""
+    output, original = (next(n for n in reversed(m.graph.nodes) if n.op == "output") for m in (module, captured))
+    returned = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in original.args[0]]
+    output.meta["user_visible_output_idxs"] = list(range(len(returned)))
+    output.meta["original_output_strides"] = [v.stride() if isinstance(v, torch.Tensor) else None for v in returned]
+
+
+def _inductor(module: fx.GraphModule, examples: Sequence[Any], captured: fx.GraphModule) -> Runner:
     """Inductor takes a graph of the operators that it lowers, so that what it decomposes is traced into those."""
     try:
         from torch._dispatch.python import enable_python_dispatcher
@@ -60,6 +71,7 @@ def _inductor(module: fx.GraphModule, examples: Sequence[Any]) -> Runner:
 
     with torch.no_grad(), enable_python_dispatcher():
         traced = make_fx(flat, decomposition_table=select_decomp_table())(*examples)
+        _keep_strides(traced, captured)
         joint_graph_passes(traced)
         compiled = compile_fx_inner(traced, list(examples), is_inference=True)
 

@@ -19,7 +19,8 @@ ONLY = "backend='qcompiler' compiles for inference"
 
 
 class CompiledGraph:
-    """What AOTAutograd calls: one list of arguments in, the outputs out. ``after`` sees the outputs of each call."""
+    """What AOTAutograd calls: one list of arguments in, the outputs out. ``after`` gets the outputs of each call and
+    gives them back."""
 
     _boxed_call = True
 
@@ -28,7 +29,7 @@ class CompiledGraph:
         sources = enumerate(arguments_of(order.module))
         self.places = [place for place, s in sources if s is not None and s in order.names.held]
         self.quiet = not order.names.training
-        self.after: Callable[[Sequence[Any]], None] | None = None
+        self.after: Callable[[Sequence[Any]], Sequence[Any]] | None = None
         self.last = make_variant(order, self.examples, {})
         first = tuple(id(order.names.held[s].tensor) for s in arguments_of(order.module) if s in order.names.held)
         self.variants: dict[tuple[int, ...], Variant] = {first: self.last}
@@ -44,7 +45,7 @@ class CompiledGraph:
         args.clear()
         out = variant.runner(inputs)
         if self.after is not None:
-            self.after(out)
+            out = self.after(out)
         return out
 
     def _key(self, args: Sequence[Any]) -> tuple[int, ...]:
