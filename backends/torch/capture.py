@@ -13,7 +13,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
-from qcompiler.backends.torch import subclasses, writes
+from qcompiler.backends.torch import canary, subclasses, writes
 from qcompiler.backends.torch.archive import open_lazily
 from qcompiler.backends.torch.dims import program_symbols
 from qcompiler.backends.torch.names import op_name, to_atom
@@ -65,6 +65,7 @@ def load(program: ExportedProgram | str | Path, notes: Notes | None = None) -> G
     returned = capture.body(program.graph_module, graph)
     _call_convention(graph, program, capture, returned)
     subclasses.tell(graph, classes)
+    canary.uproot(graph)
     if notes.metadata:
         graph.meta["metadata"] = tuple(notes.metadata.items())
     return graph

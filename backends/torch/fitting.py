@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.export import ExportedProgram
 
+from qcompiler.backends.torch import canary
 from qcompiler.backends.torch.conditions import WIDTH
 from qcompiler.backends.torch.layouts import ROWS, repacked
 from qcompiler.backends.torch.nodes import INT4
@@ -45,3 +46,4 @@ def fit_to_chip(program: ExportedProgram, graph: Graph, name: str) -> None:
         made = torch.from_numpy(repacked(program.state_dict[target].detach().numpy(), have, here))
         for alias in (target, *map(str, value.meta.get("aliases", ()))):
             program.state_dict[alias] = made
+    canary.refit(program, have, here)

@@ -12,7 +12,7 @@ Layouts, as measured on torch 2.13:
   - *scales and zeros*: bf16 ``[K / group, N, 2]``, ``value = (code - 8) * s + z`` with unsigned codes. A scale has at
     most 8 significant bits (the law of :func:`qcompiler.clipping.affine_params` for codes of up to 4 bits), so bf16
     holds it exactly. ``z = (8 - zero) * s`` is rounded to bf16, which is exact but for zeros that are 3, 5, 6 or 7 off
-    8; the zero point can be read from it all the same. In groups of 128 that costs 0 to 15 % of what rounding the
+    8; the zero point can be read from it all the same. In groups of 128 that costs up to 20 % of what rounding the
     weights to 4 bits did, most where weights have heavy tails and activations a mean.
   - *int8pack*, of ``aten._weight_int8pack_mm``: int8 ``[N, K]`` as they are, columns of 0 up to a multiple of 16. The
     kernel loads 16 codes at once from addresses that must be multiples of 16 (a crash else).

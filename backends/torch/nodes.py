@@ -23,6 +23,8 @@ from qcompiler.verify.op_kinds import CASTS, LOOKUPS, MOVES, is_arithmetic, is_d
 INT4 = "aten._weight_int4pack_mm_for_cpu"
 INT8 = "aten._weight_int8pack_mm"
 OURS = "qcompiler."
+CANARY = "qcompiler_int4_canary"
+"""The module whose constants are those of :mod:`qcompiler.backends.torch.canary`, whose product is no layer."""
 UNKNOWN_CODES = 1024
 """Elements from which an 8-bit constant of an op that nobody knows is taken for a weight."""
 
@@ -133,6 +135,8 @@ def low_bit(op: Op) -> LowBit | None:
         return None
     call = op.name.rpartition(".")[0]
     places = PLACES.get(call)
+    if any(v is not None and v.is_const and v.name.startswith(f"{CANARY}.") for v in op.operands):
+        return None
     if places is not None:
         return _placed(op, call, places)
     if op.name in LOOKUPS:
