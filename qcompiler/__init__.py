@@ -14,7 +14,7 @@ from qcompiler.operators import wait_for_torch
 
 if TYPE_CHECKING:
     from qcompiler.api import Artifact, compile, plan, verify
-    from qcompiler.backends.torch.jit_reports import compiled_reports
+    from qcompiler.backends.torch.jit.reports import compiled_reports
     from qcompiler.benching import bench
     from qcompiler.errors import CalibrationError, Error, InputError, RecipeError, RejectedError
     from qcompiler.evaluating import evaluate
@@ -60,7 +60,7 @@ _HOMES = {
     "bench": "qcompiler.benching",
     "evaluate": "qcompiler.evaluating",
     "Report": "qcompiler.report.model",
-    "compiled_reports": "qcompiler.backends.torch.jit_reports",
+    "compiled_reports": "qcompiler.backends.torch.jit.reports",
 }
 
 

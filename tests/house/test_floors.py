@@ -99,11 +99,11 @@ FLOORS: dict[str, int] = {
     "qcompiler.backends": 4,
     "qcompiler.backends.*": 4,
     # What torch calls: a way in, as the command line is.
-    "qcompiler.backends.torch.jit": 6,
-    "qcompiler.backends.torch.jit_compile": 6,
-    "qcompiler.backends.torch.jit_run": 6,
-    "qcompiler.backends.torch.jit_growing": 6,
-    "qcompiler.backends.torch.jit_options": 5,
+    "qcompiler.backends.torch.jit.entry": 6,
+    "qcompiler.backends.torch.jit.compiling": 6,
+    "qcompiler.backends.torch.jit.running": 6,
+    "qcompiler.backends.torch.jit.growing": 6,
+    "qcompiler.backends.torch.jit.options": 5,
     # A recipe names passes, so it stands above them.
     "qcompiler.recipe": 4,
     "qcompiler.checkpoints": 4,

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import qcompiler
 from qcompiler import weights
-from qcompiler.backends.torch import jit_cache, jit_compile
+from qcompiler.backends.torch.jit import cache as jit_cache
+from qcompiler.backends.torch.jit import compiling as jit_compile
 from qcompiler.report.model import Report
 from qcompiler.rtn import quantize_weight
 

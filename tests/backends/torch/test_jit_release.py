@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompiler
-from qcompiler.backends.torch import jit_release
+from qcompiler.backends.torch.jit import releasing as jit_release
 from qcompiler.report.model import Report
 
 

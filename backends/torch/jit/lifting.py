@@ -13,8 +13,8 @@ from torch import fx
 from torch._guards import detect_fake_mode
 
 from qcompiler.backends.torch.emit import to_graph_module
-from qcompiler.backends.torch.jit_cache import WeightPayload
-from qcompiler.backends.torch.jit_capture import CapturedGraph
+from qcompiler.backends.torch.jit.cache import WeightPayload
+from qcompiler.backends.torch.jit.capture import CapturedGraph
 from qcompiler.backends.torch.payload import TO_TORCH, TorchPayload
 from qcompiler.ir import Value
 from qcompiler.payload import Payload

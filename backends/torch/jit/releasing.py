@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcompiler.backends.torch.jit_cache import RELEASED, note_released
+from qcompiler.backends.torch.jit.cache import RELEASED, note_released
 from qcompiler.errors import InputError
 
 _METADATA = frozenset(

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qcompiler.backends.torch import jit_release
-from qcompiler.backends.torch.jit_capture import arguments_of
-from qcompiler.backends.torch.jit_compile import Order, Variant, make_variant
+from qcompiler.backends.torch.jit import releasing
+from qcompiler.backends.torch.jit.capture import arguments_of
+from qcompiler.backends.torch.jit.compiling import Order, Variant, make_variant
 from qcompiler.errors import InputError
 
 ONLY = "backend='qcompiler' compiles for inference"
@@ -60,7 +60,7 @@ class CompiledGraph:
         for known in [k for k, v in self.variants.items() if not v.alive()]:
             del self.variants[known]
         runners = {v.key: v.runner for v in (self.last, *self.variants.values())}
-        with jit_release.unveiled():
+        with releasing.unveiled():
             found = make_variant(self.order.rebound(args), self.examples, runners)
         self.variants[key] = found
         return found

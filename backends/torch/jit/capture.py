@@ -12,8 +12,8 @@ from torch import fx
 from qcompiler.backends.torch import writes
 from qcompiler.backends.torch.capture import BodyReader
 from qcompiler.backends.torch.dims import name_symbols, symbolic
-from qcompiler.backends.torch.jit_cache import WeightPayload
-from qcompiler.backends.torch.jit_names import Held, Names
+from qcompiler.backends.torch.jit.cache import WeightPayload
+from qcompiler.backends.torch.jit.names import Held, Names
 from qcompiler.ir import Graph, Loc, Value
 
 

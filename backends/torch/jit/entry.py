@@ -2,7 +2,7 @@
 
 Dynamo finds this through the entry point group ``torch_dynamo_backends``; nothing has to be imported. Its graphs go
 through AOTAutograd's inference road to the same passes as everything else, and what comes out runs under inductor or
-eagerly. See :mod:`qcompiler.backends.torch.jit_options` for the options.
+eagerly. See :mod:`qcompiler.backends.torch.jit.options` for the options.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import ShortenTraceback
 
-from qcompiler.backends.torch import jit_release
-from qcompiler.backends.torch.jit_compile import Order, compile_untouched
-from qcompiler.backends.torch.jit_growing import marked
-from qcompiler.backends.torch.jit_names import Names, name_placeholders, owners_in_training
-from qcompiler.backends.torch.jit_options import Options, read_options
-from qcompiler.backends.torch.jit_run import ONLY, CompiledGraph
+from qcompiler.backends.torch.jit import releasing
+from qcompiler.backends.torch.jit.compiling import Order, compile_untouched
+from qcompiler.backends.torch.jit.growing import marked
+from qcompiler.backends.torch.jit.names import Names, name_placeholders, owners_in_training
+from qcompiler.backends.torch.jit.options import Options, read_options
+from qcompiler.backends.torch.jit.running import ONLY, CompiledGraph
 from qcompiler.errors import Error, InputError
 
 
@@ -40,7 +40,7 @@ def jit_backend(
     except Error as e:
         raise _passing(e) from e.__cause__
     finally:
-        jit_release.veil()
+        releasing.veil()
 
 
 def _compiled(module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:

@@ -16,9 +16,9 @@ import torch
 from torch import fx
 
 from qcompiler.backends.torch.dims import symbolic
-from qcompiler.backends.torch.jit_capture import arguments_of, sizes_of
-from qcompiler.backends.torch.jit_names import Names
-from qcompiler.backends.torch.jit_run import CompiledGraph
+from qcompiler.backends.torch.jit.capture import arguments_of, sizes_of
+from qcompiler.backends.torch.jit.names import Names
+from qcompiler.backends.torch.jit.running import CompiledGraph
 
 
 def marked(made: Callable[..., Any], module: fx.GraphModule, names: Names) -> Callable[..., Any]:

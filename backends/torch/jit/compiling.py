@@ -15,13 +15,13 @@ from torch import fx, nn
 
 from qcompiler import driver
 from qcompiler.backends.base import Captured
-from qcompiler.backends.torch import jit_cache, jit_release, jit_reports
-from qcompiler.backends.torch.jit_calibration import SizingBackend, data_of
-from qcompiler.backends.torch.jit_capture import CapturedGraph, arguments_of, capture_graph
-from qcompiler.backends.torch.jit_inner import Runner, default_inner, inner_compile
-from qcompiler.backends.torch.jit_lift import Lifted, examples_for, lift
-from qcompiler.backends.torch.jit_names import Names
-from qcompiler.backends.torch.jit_options import Options
+from qcompiler.backends.torch.jit import cache, releasing, reports
+from qcompiler.backends.torch.jit.calibration import SizingBackend, data_of
+from qcompiler.backends.torch.jit.capture import CapturedGraph, arguments_of, capture_graph
+from qcompiler.backends.torch.jit.inner import Runner, default_inner, inner_compile
+from qcompiler.backends.torch.jit.lifting import Lifted, examples_for, lift
+from qcompiler.backends.torch.jit.names import Names
+from qcompiler.backends.torch.jit.options import Options
 from qcompiler.driver import Job
 from qcompiler.errors import BadWeights, RecipeError, RejectedError
 from qcompiler.memory import give_back
@@ -138,7 +138,7 @@ class Variant:
                 self.floats.append(ref)
             if len(payload.shape) < 2 and place in self.read:
                 continue
-            held = place in self.read or jit_cache.is_released(tensor) or tensor.is_inference()
+            held = place in self.read or cache.is_released(tensor) or tensor.is_inference()
             self.watched.append((place, ref, None if held else payload.version))
 
 
@@ -204,7 +204,7 @@ def compile_untouched(order: Order, examples: Sequence[Any]) -> Callable[[list[A
 
 
 def _deliver(options: Options, report: Report) -> None:
-    jit_reports.keep(report)
+    reports.keep(report)
     options.deliver(report)
 
 
@@ -237,7 +237,7 @@ def _warn_once(sites: tuple[str, ...], why: str) -> None:
 
 def _pack(prepared: Prepared, lifted: Lifted, options: Options) -> list[torch.Tensor]:
     """The values of the constants, each weight's together; with ``release_weights`` it is freed right after."""
-    sources = {id(p): {id(w): w for w in jit_cache.weights_behind(p)} for p in lifted.constants}
+    sources = {id(p): {id(w): w for w in cache.weights_behind(p)} for p in lifted.constants}
     left: dict[int, int] = {}
     for behind in sources.values():
         for w in behind:
@@ -247,20 +247,20 @@ def _pack(prepared: Prepared, lifted: Lifted, options: Options) -> list[torch.Te
     for payload in sorted(lifted.constants, key=lambda p: _first(p, prepared.captured)):
         if id(payload) in out:
             continue
-        out[id(payload)] = jit_cache.packed(payload)
+        out[id(payload)] = cache.packed(payload)
         for key, weight in sources[id(payload)].items():
             left[key] -= 1
             if left[key] == 0:
                 payload.release()
                 if key in freeable:
-                    jit_release.release(weight.tensor, weight.name)
+                    releasing.release(weight.tensor, weight.name)
     if freeable:
         give_back()
     return [out[id(p)] for p in lifted.constants]
 
 
 def _first(payload: Payload, captured: CapturedGraph) -> int:
-    return min((captured.weights.get(w, 0) for w in jit_cache.weights_behind(payload)), default=-1)
+    return min((captured.weights.get(w, 0) for w in cache.weights_behind(payload)), default=-1)
 
 
 def _freeable(prepared: Prepared, lifted: Lifted, sources: Mapping[int, Mapping[int, Any]]) -> set[int]:
@@ -268,7 +268,7 @@ def _freeable(prepared: Prepared, lifted: Lifted, sources: Mapping[int, Mapping[
     found: set[int] = set()
     for key, weight in {k: w for behind in sources.values() for k, w in behind.items()}.items():
         tensor = weight.tensor
-        if jit_cache.is_released(tensor):
+        if cache.is_released(tensor):
             continue
         if not all(torch.isfinite(v).item() for v in torch.aminmax(tensor.detach())):
             return set()
