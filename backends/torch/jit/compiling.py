@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from qcompiler import driver
 from qcompiler.backends.base import Captured
+from qcompiler.backends.torch.generated import inductor_expands
 from qcompiler.backends.torch.jit import cache, releasing, reports
 from qcompiler.backends.torch.jit.calibration import SizingBackend, data_of
 from qcompiler.backends.torch.jit.capture import CapturedGraph, arguments_of, capture_graph
@@ -27,6 +28,7 @@ from qcompiler.errors import BadWeights, RecipeError, RejectedError
 from qcompiler.memory import give_back
 from qcompiler.payload import Payload
 from qcompiler.report.model import Report
+from qcompiler.verify.findings import Finding
 
 KIND = "torch.compile"
 
@@ -173,6 +175,8 @@ def make_variant(order: Order, examples: Sequence[Any], known: Mapping[str, Runn
     lifted = prepared.lifted
     key = _key(lifted)
     runner = known.get(key) or inner_compile(lifted.module, examples_for(lifted, examples), inner, order.module)
+    if _refuse_expanded(prepared.job, runner):
+        return _rejected(order, prepared, prepared.report(), examples)
     made = Variant(lifted.read, runner, key)
     with real_tensors():
         try:
@@ -185,6 +189,20 @@ def make_variant(order: Order, examples: Sequence[Any], known: Mapping[str, Runn
     _live.add(made)
     _deliver(order.options, prepared.report())
     return made
+
+
+def _refuse_expanded(job: Job, runner: Runner) -> bool:
+    """True when the code that inductor generated holds a weight in floats; the sites that it may be are unfused."""
+    sites = [s for s in job.ctx.ledger if s.status == "fused" and s.op == "linear"]
+    found = inductor_expands(runner.source, [(s.n, s.k) for s in sites])
+    for expanded in found:
+        message = f"inductor's code fills {expanded.buffer} {list(expanded.shape)} in {expanded.dtype} from codes"
+        reason = f"line {expanded.line}; it holds the expanded weight on each call"
+        fix = "give the option inner='eager'"
+        for site in [s for s in sites if not expanded.weight or (s.n, s.k) == expanded.weight]:
+            site.status, site.reason = "unfused", message
+            job.ctx.findings.append(Finding("QC104", site.name, message, reason, fix))
+    return bool(found)
 
 
 def _key(lifted: Lifted) -> str:

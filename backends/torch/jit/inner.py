@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,19 @@ from torch import fx
 
 from qcompiler.errors import InputError
 
-Runner = Callable[[list[Any]], Sequence[Any]]
-"""Takes the inputs of the graph as one list, which it may empty; returns its outputs."""
+
+@dataclass(frozen=True)
+class Runner:
+    """A compiled graph: takes its inputs as one list, which it may empty, and returns its outputs.
+
+    ``source`` is the code that inductor generated for it, empty where none was.
+    """
+
+    run: Callable[[list[Any]], Sequence[Any]]
+    source: str = ""
+
+    def __call__(self, inputs: list[Any]) -> Sequence[Any]:
+        return self.run(inputs)
 
 
 @functools.cache
@@ -42,7 +54,7 @@ def _eager(module: fx.GraphModule) -> Runner:
     def run(inputs: list[Any]) -> Sequence[Any]:
         return forward(*inputs)  # type: ignore[no-any-return]
 
-    return run
+    return Runner(run)
 
 
 def _keep_strides(module: fx.GraphModule, captured: fx.GraphModule) -> None:
@@ -78,4 +90,4 @@ def _inductor(module: fx.GraphModule, examples: Sequence[Any], captured: fx.Grap
     def run(inputs: list[Any]) -> Sequence[Any]:
         return compiled(inputs)  # type: ignore[no-any-return]
 
-    return run
+    return Runner(run, getattr(compiled, "source_code", ""))

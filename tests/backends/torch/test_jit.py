@@ -19,8 +19,10 @@ import qcompiler
 from qcompiler import weights
 from qcompiler.backends.torch.jit import cache as jit_cache
 from qcompiler.backends.torch.jit import compiling as jit_compile
+from qcompiler.backends.torch.jit import inner as jit_inner
 from qcompiler.report.model import Report
 from qcompiler.rtn import quantize_weight
+from tests.backends.torch.test_generated import PYTHON, K, N
 
 IDS = torch.randint(0, 50, (2, 3), generator=torch.Generator().manual_seed(1))
 
@@ -399,10 +401,12 @@ def test_the_codes_are_those_of_the_other_road() -> None:
 # -- what is underneath --------------------------------------------------------------------------------------
 
 
-def test_inductor_takes_the_graph_with_open_sizes() -> None:
+def test_inductor_takes_the_graph_with_open_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels stay calls of the graph that inductor compiles; an open batch takes one compilation."""
     pytest.importorskip("torch._inductor.cpp_builder").get_cpp_compiler()
     model, reports = nn.Sequential(nn.Linear(64, 32), nn.ReLU()).eval(), list[Report]()
+    searched: list[str] = []
+    monkeypatch.setattr(jit_compile, "inductor_expands", lambda text, _: searched.append(text) or [])
     options = {"recipe": "w8a16", "inner": "inductor", "report": reports}
     run = torch.compile(model, backend="qcompiler", dynamic=True, options=options)
     for rows in (3, 5):
@@ -410,6 +414,19 @@ def test_inductor_takes_the_graph_with_open_sizes() -> None:
         assert distance(run(x), model(x)) < BOUND
     assert len(reports) == 1
     assert statuses(reports[0]) == {"0": "fused"}
+    (code,) = searched
+    assert "_weight_int8pack_mm" in code
+
+
+def test_code_that_expands_a_weight_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code is inductor's own for a dequantize that nothing fused, put in the place of what it made here."""
+
+    def expanding(*_: Any) -> jit_inner.Runner:
+        return jit_inner.Runner(lambda inputs: inputs, PYTHON)
+
+    monkeypatch.setattr(jit_compile, "inner_compile", expanding)
+    with pytest.raises(qcompiler.RejectedError, match=r"QC104.*expanded weight"):
+        compiled(nn.Linear(K, N, bias=False).eval(), recipe="w8a16")(torch.ones(2, K))
 
 
 def test_without_a_compiler_the_graph_runs_eagerly_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
