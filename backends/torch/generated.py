@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcompiler.backends.base import Judged
+from qcompiler.backends.torch.nodes import CANARY
 from qcompiler.errors import InputError
 from qcompiler.sites import Site
 from qcompiler.verify.evidence import EvidenceResult, NodeEvidence
@@ -197,6 +198,6 @@ def _constants(source: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     for entry in known.values():
         kind = _CODES.get(entry.get("dtype", "").removeprefix("cached_torch_dtype_"), "")
         shape = _numbers(entry.get("shape", "").strip("{} "))
-        if kind and shape is not None and len(shape) >= 2 and math.prod(shape) > 1:
-            name = entry.get("original_fqn") or entry.get("name", "?")
+        name = entry.get("original_fqn") or entry.get("name", "?")
+        if kind and shape is not None and len(shape) >= 2 and math.prod(shape) > 1 and CANARY not in name:
             yield name.strip('" '), kind, shape
