@@ -19,15 +19,22 @@ from qcompiler import recipe as recipes
 from qcompiler.backends.base import Silent
 from qcompiler.backends.onnx import layouts as onnx_layouts
 from qcompiler.backends.torch import capture, layouts, lower
+from qcompiler.backends.torch.sources import Sample, from_pretrained_dir
 from qcompiler.dtypes import Array, unpack_bits
+from qcompiler.models import pystdlib
 from qcompiler.report.model import Report
 from qcompiler.scheme import parse_scheme
 from tests import zoo
+from tests.support import require_data
 
 MODELS = ("llama", "llama_tied", "qwen3", "gpt2", "opt", "phi3", "gemma", "bert", "vit", "cnn")
 RECIPES = ("w4a16", "w8a16", "w8a8-dynamic")
 WHOLE = ("llama", "bert", "cnn")
+SOME = {("stories260K", "w4a16"), ("base", "w8a8-dynamic")}
 FULL = bool(os.environ.get("QCOMPILER_FULL"))
+TRAINED = {"stories260K": "lm/stories260K/hf", "base": "ckpt/_base"}
+"""Model directories of the test data; ``base`` has bf16 weights and is read as that."""
+TRAINED_CASES = [(m, r) for m in (*TRAINED, "pystdlib", "minilm") for r in RECIPES if FULL or (m, r) in SOME]
 CASES = [
     (model, recipe)
     for i, model in enumerate(MODELS)
@@ -39,7 +46,7 @@ BOUND = {"w4a16": 0.02, "w8a16": 0.02, "w8a8-dynamic": 0.02}
 and results to bf16 (2^-9 of each), layer after layer; w8a8 differs where a code falls on the other side of a half."""
 
 
-def reference(sample: Any, recipe: str, inputs: tuple[torch.Tensor, ...]) -> Array:
+def reference(sample: Sample, recipe: str, inputs: tuple[torch.Tensor, ...]) -> Array:
     """What the quantized model means: the graph before kernels are chosen, each q op by its float64 semantics."""
     job = driver.start("torch-cpu", recipes.load(recipe), None, Silent())
     captured = driver.capture(job, sample.module, sample.args, sample.dynamic_shapes)
@@ -71,7 +78,20 @@ def near(got: Any, want: Array, bound: float) -> None:
 
 @pytest.mark.parametrize(("model", "recipe"), CASES, ids=["-".join(c) for c in CASES])
 def test_both_roads_fuse_the_same_sites(model: str, recipe: str, tmp_path: Path) -> None:
-    sample = getattr(zoo, model)()
+    both_roads(getattr(zoo, model)(), recipe, tmp_path)
+
+
+@pytest.mark.parametrize(("model", "recipe"), TRAINED_CASES, ids=["-".join(c) for c in TRAINED_CASES])
+def test_trained_models_take_both_roads(model: str, recipe: str, tmp_path: Path) -> None:
+    if model in TRAINED:
+        element = torch.bfloat16 if model == "base" else torch.float32
+        sample = from_pretrained_dir(require_data(TRAINED[model]), element)
+    else:
+        sample = Sample(*pystdlib.example()) if model == "pystdlib" else zoo.minilm()
+    both_roads(sample, recipe, tmp_path)
+
+
+def both_roads(sample: Sample, recipe: str, tmp_path: Path) -> None:
     want = reference(sample, recipe, sample.args)
 
     artifact = api.compile(
