@@ -20,6 +20,7 @@ PUBLIC = {
     "Report",
     "__version__",
     "bench",
+    "compiled_reports",
     "compile",
     "evaluate",
     "plan",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from qcompiler.backends.onnx import kernels
+from qcompiler.errors import CalibrationError
 from qcompiler.ir import Graph, Op
 from qcompiler.pairs import is_activation, is_constant
 from qcompiler.views import CONV_OPS, LINEAR_OPS
@@ -21,10 +22,20 @@ def dequantized(op: Op) -> bool:
     return any(v is not None and v.owner is not None and v.owner.name == "q.dequantize" for v in op.operands)
 
 
+def paired(graph: Graph, passes: str) -> None:
+    """Pairs on a net whose values stay finite; calibration refuses one whose exponentials overflow."""
+    try:
+        apply(graph, passes)
+    except CalibrationError as e:
+        if "infinite" not in str(e):
+            raise
+        reject()
+
+
 @SOME
 @given(nets())
 def test_moving_and_folding_change_no_bit(graph: Graph) -> None:
-    apply(graph, PAIRS)
+    paired(graph, PAIRS)
     feed = samples(graph, 1, seed=9)[0]
     before = outputs(graph, feed)
     apply(graph, MOVE)
@@ -40,7 +51,7 @@ SCHEMES = st.sampled_from(["uint8 tensor asym", "int8 tensor sym", "int8 tensor 
 def test_fused_ops_compute_what_the_pairs_did(graph: Graph, scheme: str) -> None:
     """The host ops before sum in f32, the reference after in f64: a code moves by one where they fall on either side
     of a tie, which is rare, and one code of 255 is 48 dB below the range of even a handful of numbers."""
-    apply(graph, f"{PAIRS.replace('uint8 tensor asym', scheme)}, {MOVE}")
+    paired(graph, f"{PAIRS.replace('uint8 tensor asym', scheme)}, {MOVE}")
     feed = samples(graph, 1, seed=9)[0]
     before = outputs(graph, feed)
     ctx = apply(graph, FUSE, kernels.target("ort-cpu:avx512vnni"))
