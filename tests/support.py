@@ -10,6 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
+FULL = bool(os.environ.get("QCOMPILER_FULL"))
+"""Every model with every recipe, which takes an hour; without it each kind of model and each recipe, in minutes."""
+
 Golden = Callable[[str, str], None]
 
 
