@@ -131,10 +131,12 @@ class Linear:
         return statistics.median(found)
 
 
-def linear_part(shown: list[Variant], rounds: int, tiny: bool) -> list[dict[str, Any]]:
+def linear_part(
+    shown: list[Variant], rounds: int, tiny: bool, shapes: Sequence[tuple[int, int]]
+) -> list[dict[str, Any]]:
     """A record for every shape, number of rows and variant."""
     out = []
-    for k, n in ((64, 128),) if tiny else SHAPES:
+    for k, n in ((64, 128),) if tiny else shapes:
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(n, k, generator=generator) / k**0.5 for _ in range(4)]
         stacks: dict[str, Linear] = {}
@@ -320,6 +322,14 @@ def processor() -> dict[str, Any]:
     return {"model": facts.get("model name", "?"), "has": [f for f in wanted if f in flags]}
 
 
+def merge(found: dict[str, Any], old: dict[str, Any]) -> None:
+    """Put the parts of ``old`` that were not run into ``found``, with the command and commit that made them."""
+    for part, more in {"linear": [], "model": ["size"]}.items():
+        if part in old and part not in found:
+            found |= {key: old[key] for key in (part, *more)}
+            found["kept"] = {"part": part, "command": old["command"], "commit": old["commit"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--part", nargs="*", choices=("linear", "model"), default=["linear", "model"])
@@ -327,6 +337,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="*", help="names of variants; the bases always take part")
     parser.add_argument("--layers", type=int, help="of the llama; 22 by default, which makes 1.12e9 weights")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes of linear layers")
+    parser.add_argument("--merge", action="store_true", help="keep the part of the stored results that is not run")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--dry", action="store_true", help="print only")
     args = parser.parse_args()
@@ -338,10 +350,12 @@ def main() -> None:
     about = circumstances("benchmarks/torch_cpu.py", *packages, threads=args.threads, rounds=args.rounds)
     found: dict[str, Any] = about | {"chip": processor(), "limits": limits(args.tiny)}
     if "linear" in args.part:
-        found["linear"] = linear_part(shown, args.rounds, args.tiny)
+        found["linear"] = linear_part(shown, args.rounds, args.tiny, SHAPES[: args.shapes])
     if "model" in args.part:
         found["size"] = vars(size) | {"linear_weights": linear_weights(size)}
         found["model"] = model_part(shown, size, args.rounds, args.threads)
+    if args.merge:
+        merge(found, json.loads(RESULTS.with_suffix(".json").read_text("utf-8")))
     text = markdown(found)
     print(text)
     if not args.dry and not args.tiny:

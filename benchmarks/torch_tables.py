@@ -34,6 +34,9 @@ def markdown(found: dict[str, Any]) -> str:
         f"{limits['bf16_multiply_adds_per_s'] / 1e9:.0f} in bf16.",
         "",
     ]
+    if "kept" in found:
+        kept = found["kept"]
+        lines += [f"The {kept['part']} part: `{kept['command']}`, commit {kept['commit']}, on the same machine.", ""]
     if "model" in found:
         lines += model_lines(found)
     if "linear" in found:
