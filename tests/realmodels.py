@@ -51,15 +51,26 @@ class RealModel:
 
 
 def cosines(reference: Sequence[Outputs], found: Sequence[Outputs], feeds: Sequence[Feed]) -> list[float]:
-    """The mean over its outputs of the cosine to the float model's output."""
+    """The cosine to what the float model gives, all outputs of a sample as one vector.
 
-    def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
-        x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    Each output is divided by its size over all samples, so that each counts the same. The cosines of single outputs
+    would not do: that of two numbers near zero says nothing.
+    """
+
+    def power(output: NDArray[Any]) -> float:
+        return float(np.square(output.astype(np.float64)).sum())
+
+    sizes = np.sqrt(np.mean([[power(o) for o in want] for want in reference], axis=0))
+
+    def vector(outputs: Outputs) -> NDArray[Any]:
+        parts = [np.asarray(o, np.float64).ravel() / (size or 1.0) for o, size in zip(outputs, sizes, strict=True)]
+        return np.concatenate(parts)
+
+    def cosine(x: NDArray[Any], y: NDArray[Any]) -> float:
         norm = np.linalg.norm(x) * np.linalg.norm(y)
         return float(x @ y / norm) if norm else float(np.array_equal(x, y))
 
-    pairs = zip(reference, found, strict=True)
-    return [float(np.mean([cosine(a, b) for a, b in zip(want, got, strict=True)])) for want, got in pairs]
+    return [cosine(vector(want), vector(got)) for want, got in zip(reference, found, strict=True)]
 
 
 def _file(name: str) -> Callable[[Path], Path]:
