@@ -81,7 +81,7 @@ def test_each_code_is_the_nearest_and_the_error_at_most_half_a_step(found: tuple
         assert (np.abs(w - dq)[inside] <= s / 2 + slack).all()
         rounding = {F16: 2.0**-11, BF16: 2.0**-8}.get(dtype_of(x.dtype), 2.0**-24)
         if scheme.bits <= 4:
-            rounding = max(rounding, 2.0**-9)  # their scales have 8 significant bits
+            rounding = max(rounding, 2.0**-8)  # their scales have 8 significant bits, as those of bf16
         assert (np.abs(w - dq) <= s / 2 + (qmax - qmin) * rounding * s + slack).all()
         if scheme.zero != "float":
             assert (dq[w == 0] == 0).all()
