@@ -327,7 +327,7 @@ def merge(found: dict[str, Any], old: dict[str, Any]) -> None:
     for part, more in {"linear": [], "model": ["size"]}.items():
         if part in old and part not in found:
             found |= {key: old[key] for key in (part, *more)}
-            found["kept"] = {"part": part, "command": old["command"], "commit": old["commit"]}
+            found["kept"] = {"part": part} | {key: old[key] for key in ("command", "commit", "limits")}
 
 
 def main() -> None:

@@ -36,7 +36,11 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     if "kept" in found:
         kept = found["kept"]
-        lines += [f"The {kept['part']} part: `{kept['command']}`, commit {kept['commit']}, on the same machine.", ""]
+        lines += [
+            f"The {kept['part']} part: `{kept['command']}`, commit {kept['commit']}, when all "
+            f"threads read {kept['limits']['read_bytes_per_s'] / 1e9:.1f} GB/s.",
+            "",
+        ]
     if "model" in found:
         lines += model_lines(found)
     if "linear" in found:
@@ -47,8 +51,15 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def limits_of(found: dict[str, Any], part: str) -> dict[str, float]:
+    """What the processor could do at best when ``part`` was measured."""
+    kept = found.get("kept", {})
+    limits: dict[str, float] = kept["limits"] if kept.get("part") == part else found["limits"]
+    return limits
+
+
 def model_lines(found: dict[str, Any]) -> list[str]:
-    size, read = found["size"], found["limits"]["read_bytes_per_s"]
+    size, read = found["size"], limits_of(found, "model")["read_bytes_per_s"]
     out = [
         f"## Llama of {size['layers']} layers ({size['linear_weights'] / 1e9:.2f}e9 weights in linear layers), batch 1",
         "",
@@ -74,7 +85,10 @@ def model_lines(found: dict[str, Any]) -> list[str]:
 
 def bounds(found: dict[str, Any]) -> list[str]:
     """What decoding could reach at best on the measured bandwidth, which is what a figure that is missed is held to."""
-    read, by_name = found["limits"]["read_bytes_per_s"], {r["variant"]: r for r in found["model"] if "failed" not in r}
+    read, by_name = (
+        limits_of(found, "model")["read_bytes_per_s"],
+        {r["variant"]: r for r in found["model"] if "failed" not in r},
+    )
     out = []
     for r in by_name.values():
         if not _is_float(r["variant"]):
@@ -90,7 +104,7 @@ def bounds(found: dict[str, Any]) -> list[str]:
 
 
 def linear_lines(found: dict[str, Any]) -> list[str]:
-    read = found["limits"]["read_bytes_per_s"]
+    read = limits_of(found, "linear")["read_bytes_per_s"]
     out = ["## Linear layers", ""]
     shapes = list(dict.fromkeys((r["k"], r["n"]) for r in found["linear"]))
     for k, n in shapes:
