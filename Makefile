@@ -51,7 +51,7 @@ matrix-%: .venv-torch-%/.installed
 	.venv-torch-$*/bin/python -m pytest -n $(WORKERS) $(MATRIX_TESTS) $(PYTEST_ARGS)
 
 .venv-torch-%/.installed: pyproject.toml constraints.txt
-	'$(PYTHON)' -m venv --clear $(@D)
+	[ -x $(@D)/bin/python ] || '$(PYTHON)' -m venv $(@D)
 	grep -Ev '^(torch|triton|nvidia-|cuda-|setuptools)' constraints.txt >$(@D)/constraints.txt
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c $(@D)/constraints.txt 'setuptools>=77.0.3,<82'
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install -c $(@D)/constraints.txt --no-build-isolation 'torch==$*' -e '.[$(EXTRAS_dev)]'
