@@ -41,6 +41,7 @@ _define(
 )
 _define("quantize(Tensor x, Tensor scale, Tensor zero) -> Tensor")
 _define("quantize_dynamic(Tensor x) -> (Tensor codes, Tensor scale, Tensor zero)")
+_define("copied(Tensor x) -> Tensor")
 
 
 # -- what both products check --------------------------------------------------------------------------------
@@ -270,6 +271,11 @@ def _quantize_dynamic_fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     return x.div(1.0).to(torch.uint8), scale, zero
 
 
+def _copied(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in contiguous memory of its own: ``clone`` that no compiler takes for nothing."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 # -- registration --------------------------------------------------------------------------------------------
 
 for _name, _cpu, _fake in (
@@ -277,6 +283,7 @@ for _name, _cpu, _fake in (
     ("qconv", _qconv, _qconv_fake),
     ("quantize", _quantize, _quantize_fake),
     ("quantize_dynamic", _quantize_dynamic, _quantize_dynamic_fake),
+    ("copied", _copied, _copied),
 ):
     _LIBRARY.impl(_name, _cpu, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_LIBRARY)

@@ -65,6 +65,16 @@ def _keep_strides(module: fx.GraphModule, captured: fx.GraphModule) -> None:
     output.meta["original_output_strides"] = [v.stride() if isinstance(v, torch.Tensor) else None for v in returned]
 
 
+def _keep_copies(module: fx.GraphModule) -> None:
+    """Copies before kernels that load aligned vectors stay copies: inductor leaves ``clone`` out where nothing is
+    written to, and the kernel then crashes on an activation that begins at an odd address."""
+    kernel, clone = torch.ops.aten._weight_int8pack_mm.default, torch.ops.aten.clone.default
+    for node in module.graph.find_nodes(op="call_function", target=clone):
+        if any(user.target is kernel for user in node.users):
+            node.target, node.kwargs = torch.ops.qcompiler.copied.default, {}
+    module.recompile()
+
+
 def _inductor(module: fx.GraphModule, examples: Sequence[Any], captured: fx.GraphModule) -> Runner:
     """Inductor takes a graph of the operators that it lowers, so that what it decomposes is traced into those."""
     try:
@@ -77,6 +87,8 @@ def _inductor(module: fx.GraphModule, examples: Sequence[Any], captured: fx.Grap
         raise InputError(
             f"this torch has another inductor than is known here ({e}); give the option inner='eager'"
         ) from None
+
+    _keep_copies(module)
 
     def flat(*inputs: Any) -> list[Any]:
         return list(module(*inputs))

@@ -418,6 +418,23 @@ def test_inductor_takes_the_graph_with_open_sizes(monkeypatch: pytest.MonkeyPatc
     assert "_weight_int8pack_mm" in code
 
 
+def test_an_activation_at_an_odd_address_is_copied_before_a_kernel_of_aligned_vectors() -> None:
+    """In a process of its own: what inductor leaves out ends in a segmentation fault."""
+    pytest.importorskip("torch._inductor.cpp_builder").get_cpp_compiler()
+    program = """
+import torch
+model = torch.nn.Linear(64, 64).eval().bfloat16()
+run = torch.compile(model, backend="qcompiler", options={"recipe": "w8a16", "inner": "inductor"})
+memory = torch.randn(8 * 64 + 1).bfloat16()
+x = memory[1:].view(8, 64)
+assert x.data_ptr() % 32
+with torch.no_grad():
+    print(float((run(x) - model(x)).abs().max()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
+    assert float(done.stdout) < BOUND
+
+
 def test_code_that_expands_a_weight_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """The code is inductor's own for a dequantize that nothing fused, put in the place of what it made here."""
 

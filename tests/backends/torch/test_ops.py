@@ -227,6 +227,7 @@ def test_torch_s_own_checks_of_an_operator() -> None:
     torch.library.opcheck(Q.qconv.default, conv_case(2, 2, per=2, each=3, groups=2)[0])
     last = torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(Q.quantize_dynamic.default, (last.bfloat16(),))
+    torch.library.opcheck(Q.copied.default, (last,))
     torch.library.opcheck(Q.quantize.default, (last, torch.tensor(0.5), torch.tensor(3, dtype=torch.uint8)))
 
 
