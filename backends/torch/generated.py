@@ -144,6 +144,7 @@ def code_in(path: Path) -> Code | None:
                 return None
             texts = {n: archive.read(n).decode(errors="replace") for n in inside if n.endswith((".cpp", ".json"))}
             alone = not any("/models/" in n and n.endswith(".json") for n in archive.namelist())
+    # zipfile says NotImplementedError for a compression that it does not know, which no .pt2 has.
     except (zipfile.BadZipFile, OSError, NotImplementedError) as e:
         raise InputError(f"{path.name} is damaged: {e}") from e
     sources = tuple(t for n, t in texts.items() if n.endswith(".cpp"))

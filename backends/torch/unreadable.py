@@ -29,6 +29,7 @@ def judge_unreadable(path: Path, error: InputError) -> Judged | None:
             names = archive.namelist()
             nodes = [n for f in names if f.endswith(".json") and "/models/" in f for n in _nodes(archive.read(f))]
             classes = _classes(archive)
+    # A damaged file (an unknown compression is a NotImplementedError of zipfile): ``error`` has said so already.
     except (zipfile.BadZipFile, OSError, ValueError, KeyError, NotImplementedError):
         return None
     absent = {target: name for target, name in nodes if _absent(target)}

@@ -18,11 +18,8 @@ from torch import Tensor, nn
 import qcompiler
 from qcompiler import weights
 from qcompiler.backends.torch.jit import cache as jit_cache
-from qcompiler.backends.torch.jit import compiling as jit_compile
-from qcompiler.backends.torch.jit import inner as jit_inner
 from qcompiler.report.model import Report
 from qcompiler.rtn import quantize_weight
-from tests.backends.torch.test_generated import PYTHON, K, N
 
 IDS = torch.randint(0, 50, (2, 3), generator=torch.Generator().manual_seed(1))
 
@@ -396,111 +393,3 @@ def test_the_codes_are_those_of_the_other_road() -> None:
     found = quantize_weight(model.weight.detach().numpy(), _scheme("int8 channel sym"))
     # A row of the identity picks one code: its product with 1 is exact in bf16, and the scale is multiplied in f32.
     np.testing.assert_array_equal(out.numpy().T, found.codes.astype(np.float32) * found.scale[:, None])
-
-
-# -- what is underneath --------------------------------------------------------------------------------------
-
-
-def test_inductor_takes_the_graph_with_open_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels stay calls of the graph that inductor compiles; an open batch takes one compilation."""
-    pytest.importorskip("torch._inductor.cpp_builder").get_cpp_compiler()
-    model, reports = nn.Sequential(nn.Linear(64, 32), nn.ReLU()).eval(), list[Report]()
-    searched: list[str] = []
-    monkeypatch.setattr(jit_compile, "inductor_expands", lambda text, _: searched.append(text) or [])
-    options = {"recipe": "w8a16", "inner": "inductor", "report": reports}
-    run = torch.compile(model, backend="qcompiler", dynamic=True, options=options)
-    for rows in (3, 5):
-        x = torch.randn(rows, 64)
-        assert distance(run(x), model(x)) < BOUND
-    assert len(reports) == 1
-    assert statuses(reports[0]) == {"0": "fused"}
-    (code,) = searched
-    assert "_weight_int8pack_mm" in code
-
-
-def test_an_activation_at_an_odd_address_is_copied_before_a_kernel_of_aligned_vectors() -> None:
-    """In a process of its own: what inductor leaves out ends in a segmentation fault."""
-    pytest.importorskip("torch._inductor.cpp_builder").get_cpp_compiler()
-    program = """
-import torch
-model = torch.nn.Linear(64, 64).eval().bfloat16()
-run = torch.compile(model, backend="qcompiler", options={"recipe": "w8a16", "inner": "inductor"})
-memory = torch.randn(8 * 64 + 1).bfloat16()
-x = memory[1:].view(8, 64)
-assert x.data_ptr() % 32
-with torch.no_grad():
-    print(float((run(x) - model(x)).abs().max()))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
-    assert float(done.stdout) < BOUND
-
-
-def test_code_that_expands_a_weight_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code is inductor's own for a dequantize that nothing fused, put in the place of what it made here."""
-
-    def expanding(*_: Any) -> jit_inner.Runner:
-        return jit_inner.Runner(lambda inputs: inputs, PYTHON)
-
-    monkeypatch.setattr(jit_compile, "inner_compile", expanding)
-    with pytest.raises(qcompiler.RejectedError, match=r"QC104.*expanded weight"):
-        compiled(nn.Linear(K, N, bias=False).eval(), recipe="w8a16")(torch.ones(2, K))
-
-
-def test_without_a_compiler_the_graph_runs_eagerly_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jit_compile, "default_inner", lambda: ("eager", "torch.compile: no C++ compiler"))
-    reports: list[Report] = []
-    torch.compile(nn.Linear(64, 32).eval(), backend="qcompiler", options={"report": reports})(torch.ones(2, 64))
-    assert "torch.compile: no C++ compiler" in reports[0].notes
-
-
-# -- activations ---------------------------------------------------------------------------------------------
-
-
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
-
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        out: Tensor = self.down(torch.relu(self.up(x))) * scale
-        return out
-
-
-def test_static_activations_are_measured_on_data_by_the_names_of_the_arguments() -> None:
-    model, reports = Mlp().eval(), list[Report]()
-    x, one = torch.randn(16, 64), torch.ones(1)
-    data = [{"x": x.numpy(), "scale": one.numpy()}]
-    out = compiled(model, recipe="w8a8", calibration=data, report=reports)(x, one)
-    assert statuses(reports[0]) == {"up": "fused", "down": "fused"}
-    # Codes of 8 bits on both sides, two layers.
-    assert distance(out, model(x, one)) < 2 * BOUND
-    torch.compiler.reset()
-    with pytest.raises(qcompiler.CalibrationError, match="needs --calibration DATA"):
-        compiled(model, recipe="w8a8")(x, one)
-
-
-def test_data_serves_graphs_with_open_sizes() -> None:
-    model, reports, one = Mlp().eval(), list[Report](), torch.ones(1)
-    data = {"x": torch.randn(64, 64).numpy(), "scale": one.numpy()}
-    run = torch.compile(
-        model,
-        backend="qcompiler",
-        dynamic=True,
-        options={"inner": "eager", "recipe": "w8a8", "calibration": [data], "report": reports},
-    )
-    for rows in (5, 9):
-        x = torch.randn(rows, 64)
-        # Codes of 8 bits on both sides, two layers.
-        assert distance(run(x, one), model(x, one)) < 2 * BOUND
-    assert len(reports) == 1
-
-
-def test_dynamic_activations_need_no_data() -> None:
-    model, reports = Mlp().eval(), list[Report]()
-    run = compiled(model, recipe="w8a8-dynamic", report=reports)
-    for rows in (4, 7, 9):
-        x = torch.randn(rows, 64)
-        assert distance(run(x, torch.ones(1)), model(x, torch.ones(1))) < 2 * BOUND
-    assert len(reports) == 2
-    assert statuses(reports[1]) == {"up": "fused", "down": "fused"}
