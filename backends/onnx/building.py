@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qcompiler.backends.lowering import Lowering
 from qcompiler.backends.onnx.layouts import higher
 from qcompiler.dtypes import INT32, UINT8, Array, DType
 from qcompiler.errors import InputError
@@ -23,45 +24,17 @@ CODE = "ort.code"
 
 
 @dataclass(frozen=True)
-class Builder:
+class Builder(Lowering):
     """Writes host ops right before ``op``, whose node will be called ``label``."""
 
-    op: Op
     choice: Choice | None = None
-
-    @property
-    def label(self) -> str:
-        """The site, else the name of the op."""
-        return str(self.op.attrs.get("site") or self.op.label)
 
     @property
     def flips(self) -> bool:
         """The chosen kernel wants its weight in uint8."""
         return self.choice is not None and ".u8u8" in self.choice.row.name
 
-    def at(self, index: int) -> Value:
-        """Operand ``index``, which is there."""
-        value = self.op.operand(index)
-        if value is None:
-            raise InputError(f"{self.op.name} '{self.label}' has no operand {index}")
-        return value
-
-    def payload(self, index: int, what: str) -> Payload:
-        """The constant in operand ``index``; raises InputError for what is computed at run time."""
-        value = self.at(index)
-        if not value.is_const or value.payload is None:
-            raise InputError(
-                f"{self.op.name} '{self.label}': the {what} {value!r} is no constant, and the kernel would not pack "
-                "it; fold the constants first"
-            )
-        return value.payload
-
     # -- constants -------------------------------------------------------------------------------------------
-
-    def const(self, suffix: str, payload: Payload) -> Value:
-        """``payload`` as the constant ``<label>.<suffix>``."""
-        root = self.op.graph.root
-        return root.add_const(root.fresh(f"{self.label}.{suffix}"), payload)
 
     def derived(
         self, suffix: str, source: Payload, fn: Callable[[Array], Array], element: DType, shape: Sequence[int]

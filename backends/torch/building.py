@@ -9,13 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from qcompiler.backends.lowering import Lowering
 from qcompiler.backends.torch.names import to_atom
 from qcompiler.backends.torch.payload import TO_TORCH
-from qcompiler.dtypes import BF16, F16, F32, Array, DType
-from qcompiler.errors import InputError
-from qcompiler.ir import Attr, Dim, Hole, Loc, Op, TensorType, Type, Value
+from qcompiler.dtypes import Array, DType
+from qcompiler.ir import Attr, Hole, Loc, TensorType, Type, Value
 from qcompiler.payload import Payload, computed
 
 CALLS = "torch.calls"
@@ -23,39 +21,8 @@ CALLS = "torch.calls"
 
 
 @dataclass(frozen=True)
-class Builder:
+class Builder(Lowering):
     """Writes aten calls right before ``op``; each is called ``<site>.<suffix>``."""
-
-    op: Op
-
-    @property
-    def label(self) -> str:
-        """The site, else the name of the op."""
-        return str(self.op.attrs.get("site") or self.op.label)
-
-    def at(self, index: int) -> Value:
-        """Operand ``index``, which is there."""
-        value = self.op.operand(index)
-        if value is None:
-            raise InputError(f"{self.op.name} '{self.label}' has no operand {index}")
-        return value
-
-    def payload(self, index: int, what: str) -> Payload:
-        """The constant in operand ``index``; raises InputError for what is computed at run time."""
-        value = self.at(index)
-        if not value.is_const or value.payload is None:
-            raise InputError(
-                f"{self.op.name} '{self.label}': the {what} {value!r} is no constant, and the kernel would not pack "
-                "it; fold the constants first"
-            )
-        return value.payload
-
-    # -- constants -------------------------------------------------------------------------------------------
-
-    def const(self, suffix: str, payload: Payload) -> Value:
-        """``payload`` as the constant ``<site>.<suffix>``."""
-        root = self.op.graph.root
-        return root.add_const(root.fresh(f"{self.label}.{suffix}"), payload)
 
     def derived(
         self, suffix: str, sources: Sequence[Payload], fn: Callable[..., Array], element: DType, shape: Sequence[int]
@@ -129,16 +96,3 @@ class Builder:
     def like(self, element: DType | None) -> TensorType:
         """The type of the q op's result with another element type."""
         return TensorType(element, self.op.results[0].tensor.shape)
-
-
-def rows_of(shape: Sequence[int | Dim] | None) -> int | None:
-    """The product of all sizes but the last; None where one is open."""
-    if shape is None or not all(isinstance(d, int) for d in shape):
-        return None
-    count = 1
-    for d in shape[:-1]:
-        count *= int(d)  # type: ignore[arg-type]
-    return count
-
-
-FLOATS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
