@@ -1,0 +1,1 @@
+"""Fused low-bit kernels in Triton for CUDA GPUs: their operators, layouts, tiles, rows and proofs."""
