@@ -4,10 +4,10 @@
                              [--variants "w4a16 g128" ...] [--rounds 20] [--merge] [--seconds 540]
 
 First every kernel of ours is compared with its reference on the CPU, from fresh random inputs; a wrong one is
-listed and not timed. Then the layers: each variant owns so many copies of its weights that none is found in L2, one CUDA graph
-calls them all, the variants take turns in random order, and a ratio is the median over rounds of the ratio within a
-round. Then decoders of random weights under torch.compile, a step a CUDA graph. Ceilings (copy, read, cuBLAS bf16, an
-empty launch) are measured in the same run. gemlite and bitsandbytes take part where they are installed.
+listed and not timed. Then the layers: each variant owns so many copies of its weights that none is found in L2, one
+CUDA graph calls them all, the variants take turns in random order, and a ratio is the median over rounds of the ratio
+within a round. Then decoders of random weights under torch.compile, a step a CUDA graph. Ceilings (copy, read, cuBLAS
+bf16, an empty launch) are measured in the same run. gemlite and bitsandbytes take part where they are installed.
 
 Results go to ``benchmarks/results/gpu.json``, ``gpu.md`` and ``gpu.png`` (where matplotlib is installed). ``--seconds``
 stops before a time limit with what there is; ``--merge`` adds to what an earlier run wrote. ``--tiny`` runs the whole

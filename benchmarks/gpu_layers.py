@@ -46,7 +46,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096)
 
 TOLERANCE = {"float": 8e-3, "codes": 8e-3}
 """Largest ``||out - ref|| / ||ref||`` on bf16 results. Rounding the result to bf16 is 1.7e-3, rounding scaled weights
-to bf16 as kernels for many rows do 2.2e-3 more; where activations are quantized the reference takes the kernel's codes."""
+to bf16 as kernels for many rows do 2.2e-3 more; where activations are quantized beforehand both read the same codes."""
 
 
 def random_rows(m: int, k: int, device: torch.device, g: torch.Generator) -> torch.Tensor:
