@@ -192,7 +192,7 @@ def scales_behind(op: Op) -> Value | None:
     value, steps = op.results[0], 0
     while steps < 4 and len(value.users) == 1:
         (user,), steps = value.users, steps + 1
-        if user.name not in (DEFAULT + "Cast", DEFAULT + "Mul"):
+        if user.name not in (DEFAULT + "Cast", DEFAULT + "Mul", DEFAULT + "BatchNormalization"):
             return None
         for factor in (v for v in user.operands if v is not None and v is not value):
             inner = [factor] if factor.owner is None or factor.owner.name != DEFAULT + "Mul" else factor.owner.operands

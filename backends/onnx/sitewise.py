@@ -26,7 +26,8 @@ RESULT_SCALE = {
     MS + "QGemm": 7,
 }
 """Operand that holds the scale of the result's codes; the zero point follows it."""
-FOLLOWED = frozenset(DEFAULT + name for name in ("Cast", "Mul", "Add", "DequantizeLinear", "Reshape", "Relu", "Clip"))
+SCALES = frozenset({DEFAULT + "Mul", DEFAULT + "BatchNormalization"})
+FOLLOWED = SCALES | {DEFAULT + name for name in ("Cast", "Add", "DequantizeLinear", "Reshape", "Relu", "Clip")}
 """Ops that finish what an integer product began."""
 
 
@@ -150,7 +151,7 @@ def _forward(value: Value) -> list[Value]:
     out, whole = [value], _is_whole(value)
     while len(out[-1].uses) == 1 and out[-1].users and (op := out[-1].users[0]).name in FOLLOWED and len(out) < 6:
         others = [v for v in op.operands if v is not None and v is not out[-1]]
-        if not all(v.is_const for v in others) and not (whole and op.name == DEFAULT + "Mul"):
+        if not all(v.is_const for v in others) and not (whole and op.name in SCALES):
             break
         out.append(op.results[0])
     return out

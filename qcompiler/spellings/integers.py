@@ -122,8 +122,10 @@ def lift_dynamic_matmul(op: Op, rw: Rewriter) -> Value:
 # -- MatMulInteger and what follows it -----------------------------------------------------------------------
 
 
-def chain(op: Op, rw: Rewriter) -> tuple[Op, list[Value]]:
+def chain(op: Op, rw: Rewriter, axis: int = -1) -> tuple[Op, list[Value]]:
     """Follow an int32 result through its Cast to float and the products with scales: the last op, and the factors.
+
+    ``axis``, counted from the end: along which several scales go.
 
     Declines where the integers are read otherwise.
     """
@@ -137,7 +139,7 @@ def chain(op: Op, rw: Rewriter) -> tuple[Op, list[Value]]:
                 break
         elif user.name == "onnx.Mul" and last is not op:
             other = user.operand(1) if user.operand(0) is value else user.operand(0)
-            if other is None or other is value or not _is_scale(other):
+            if other is None or other is value or not _is_scale(other, axis):
                 break
             factors.append(other)
         else:
@@ -150,10 +152,10 @@ def chain(op: Op, rw: Rewriter) -> tuple[Op, list[Value]]:
     return last, factors
 
 
-def _is_scale(value: Value) -> bool:
-    """Few numbers beside a product: a scalar, or one a column."""
+def _is_scale(value: Value, axis: int) -> bool:
+    """Few numbers beside a product: a constant, a scalar, or numbers along ``axis`` alone."""
     shape = value.tensor.static_shape
-    return value.is_const or shape == () or (shape is not None and all(d == 1 for d in shape[:-1]))
+    return value.is_const or (shape is not None and all(d == 1 for i, d in enumerate(shape) if i - len(shape) != axis))
 
 
 def split(rw: Rewriter, factors: list[Value]) -> tuple[list[Value], Array]:

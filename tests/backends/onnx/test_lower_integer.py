@@ -178,6 +178,65 @@ def test_a_quantize_inside_a_branch_is_not_seen_outside() -> None:
             assert wrong(case, y) <= 1
 
 
+# -- behind a ConvInteger ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("w", "bias", "size", "behind"),
+    [
+        ("int8 channel sym", True, (3, 4), ["BatchNormalization"]),
+        ("int8 channel sym", False, (3, 4), ["BatchNormalization"]),
+        ("int8 tensor asym", True, (3, 4), ["BatchNormalization"]),
+        ("int8 tensor sym", False, (3, 4), ["Mul"]),  # by one number: nothing is broadcast along channels
+        ("int8 channel sym", True, (256, 256), ["BatchNormalization"]),
+        ("int8 channel sym", True, (257, 256), ["Mul", "Add"]),
+        ("int8 channel sym", False, (128, 128), ["BatchNormalization"]),
+        ("int8 channel sym", False, (129, 128), ["Mul"]),
+    ],
+)
+def test_sums_are_scaled_and_biased_by_one_node_unless_they_are_many(
+    dynamic: bool, w: str, bias: bool, size: tuple[int, int], behind: list[str]
+) -> None:
+    case = conv(rng(), 4, 2, (1, 1), size, w=w, bias=bias, batch=1, dynamic=dynamic, coded=False)
+    done = ran(case)
+    names = [op.name.rpartition(".")[2] for op in done.graph]
+    step = ["Mul"] if dynamic else []
+    assert names[names.index("Cast") + 1 :] == [*step, *behind]
+    assert done.result.shape == case.wanted.shape
+    assert wrong(case, done.result) <= 1
+
+
+def test_a_batch_of_unknown_size_does_not_make_sums_many() -> None:
+    graph = conv(rng(), 4, 2, (3,), (9,), dynamic=True).graph()
+    (x,), (op,) = graph.inputs, list(graph)
+    x.type, op.result.type = TensorType(F32, ("n", 2, "t")), TensorType(F32, ("n", 4, "u"))
+    assert list(lower(graph))[-1].name == "onnx.BatchNormalization"
+    for shape in ((1, 2, 3), (3, 2, 20)):
+        case = conv(rng(), 4, 2, (3,), (shape[2],), dynamic=True, batch=shape[0])
+        case.arrays[1:] = conv(rng(), 4, 2, (3,), (9,), dynamic=True).arrays[1:]
+        (y,) = run(graph, [case.feed]).outputs[0]
+        assert wrong(case, y) <= 1
+
+
+def test_convolutions_of_as_many_channels_share_what_neither_scales_nor_shifts() -> None:
+    """The mean 0 and the variance 1 of 4 channels are there once."""
+    graph = Graph()
+    x = graph.add_input("x", TensorType(F32, (2, 2, 9)))
+    for i in range(2):
+        case = conv(rng(), 4, 2, (3,), (9,), dynamic=True)
+        consts = [
+            None if a is None else graph.add_const(f"c{i}.{j}", constant(a)) for j, a in enumerate(case.arrays[1:])
+        ]
+        attrs = case.attrs | {"site": f"layer{i}"}
+        y = graph.create("q.conv_dyn", [x, *consts], attrs, [(f"y{i}", TensorType(F32, (2, 4, 7)))])
+        graph.add_output(y.result)
+    one, other = (op for op in lower(graph) if op.name == "onnx.BatchNormalization")
+    assert one.operands[3:] == other.operands[3:]
+    assert one.operand(1) is not other.operand(1)
+    assert one.attrs["epsilon"] == 0.0
+
+
 # -- chips, opsets -------------------------------------------------------------------------------------------
 
 

@@ -63,6 +63,25 @@ def test_through_what_finishes_an_integer_product() -> None:
     assert (tap.name, tap.tensor, tap.got.name) == ("fc", "m", "m")
 
 
+def test_a_batchnormalization_scales_and_biases_sums() -> None:
+    """ConvInteger -> Cast -> BatchNormalization by scales that are known at run time -> the tensor of the reference."""
+    (tap,) = taps(
+        f"""{WEIGHT}
+  const %w : uint8[6, 4, 1] = rand:1
+  const %ws : f32[6] = rand:2
+  const %b : f32[6] = rand:3
+  const %image : uint8[1, 4, 1] = rand:4
+  %dyn : f32[] = onnx.ReduceMax(%x) {{keepdims = 0}}
+  %step : f32[6] = onnx.Mul(%dyn, %ws)
+  %i : int32[1, 6, 1] = onnx.ConvInteger(%image, %w) loc("other")
+  %f : f32[1, 6, 1] = onnx.Cast(%i) {{to = 1}}
+  %a : f32[1, 6, 1] = onnx.BatchNormalization(%f, %step, %b, %b, %b)
+  %y : f32[1, 6, 1] = onnx.Sigmoid(%a)
+  return %y"""
+    )
+    assert (tap.name, tap.tensor, tap.got.name, tap.reason) == ("other", "a", "a", "")
+
+
 def test_codes_by_node_and_the_constants_of_the_kernel() -> None:
     """The kernel has absorbed the bias and the Relu: what it computes is the value before the first op that is left."""
     (tap,) = taps(
