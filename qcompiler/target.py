@@ -61,13 +61,17 @@ class Request:
 class KernelRow:
     """One kernel: which requests it serves, on which chips, at which M, and how it is written down.
 
-    ``codes`` are dtype names, ``groups`` the group sizes it takes, ``zeros`` the kinds of zero point, ``needs`` the
-    chip features, ``m_max`` the largest M at which it does not materialise the dequantized weight (None: any),
-    ``session`` the runtime's session keys (name, value) without which the kernel is not taken.
+    ``codes`` are dtype names, ``groups`` the group sizes it takes, ``zeros`` the kinds of zero point, ``scales`` the
+    types that scales are kept in (``float``: that of the weight), ``needs`` the chip features, ``m_max`` the largest M
+    at which it does not materialise the dequantized weight (None: any), ``session`` the runtime's session keys (name,
+    value) without which the kernel is not taken. Where several kernels share an entry point, each serves M from
+    ``m_min`` to ``m_max`` and ``hands_over`` what is above to the row of that name. ``epilogues`` are what it computes
+    behind the product before it rounds: ``bias``, ``mul``, ``residual``, and functions.
 
     Kernels that compute on codes of activations: ``x_codes`` and ``y_codes`` are the code types of the activation and
-    of the result (``float`` among the latter: a float result), ``x_zeros`` the kinds of zero point of the activation;
-    ``dynamic`` kernels choose the activation's parameters themselves. ``one_zero``: one zero point serves all channels.
+    of the result (``float`` among the latter: a float result), ``x_zeros`` the kinds of zero point of the activation,
+    ``x_granularities`` what shares one of its scales; ``dynamic`` kernels choose the activation's parameters
+    themselves. ``one_zero``: one zero point serves all channels.
     ``fns``: the functions of a ``q.apply``; ``traits``: what it does beyond the plain case; ``opset``: the oldest that
     has its node. ``slower``: (activation, M, share): from M rows on it reaches that share of the speed of the float op
     on the same activation, up to the M of the next entry; 1 or more is not slower.
@@ -101,6 +105,15 @@ class KernelRow:
     traits: frozenset[str] = frozenset()
     opset: int = 0
     slower: tuple[tuple[str, int, float], ...] = ()
+    m_min: int = 1
+    hands_over: str = ""
+    x_granularities: frozenset[str] = frozenset({"tensor"})
+    epilogues: frozenset[str] = frozenset()
+    scales: frozenset[str] = frozenset({"float"})
+
+    def serves_rows(self, m: int) -> bool:
+        """False where M rows are for another kernel of the same entry point."""
+        return self.m_min <= m and not (self.hands_over and self.m_max is not None and m > self.m_max)
 
     def speed(self, activation: str, m: int) -> float | None:
         """Its speed as a share of the float op on the same ``activation`` at M rows, where it is the slower of the two.
@@ -129,6 +142,9 @@ class KernelRow:
         if s.zero not in self.zeros:
             word = {"none": "symmetric codes", "int": "integer zero points", "float": "float zero points"}[s.zero]
             out.append(Reason("QC204", f"{self.name} does not take {word} without expanding the weight", "use 'sym'"))
+        if (kept := "float" if s.scale is None else s.scale.name) not in self.scales:
+            known = " or ".join(sorted(self.scales))
+            out.append(Reason("QC201", f"{self.name} takes {known} scales, not {kept}", f"use {known} scales"))
         if request.activation.name not in self.activations:
             known = ", ".join(sorted(self.activations))
             fix = f"export the model in one of {known}"
@@ -144,7 +160,10 @@ class KernelRow:
             chip = missing[-1] if missing[-1].startswith("sm_") else "avx2" if missing == ["avx2"] else "avx512vnni"
             fix = f"name a chip that has them, for example {self.name.partition('/')[0]}:{chip}"
             out.append(Reason("QC206", f"{self.name} needs {', '.join(missing)}, which this chip lacks", fix))
-        if m is not None and self.m_max is not None and m > self.m_max:
+        if m is not None and not self.serves_rows(m):
+            above = f"M up to {self.m_max}; {self.hands_over} takes more" if m >= self.m_min else f"M from {self.m_min}"
+            out.append(Reason("QC203", f"{self.name} serves {above}; this phase has M={m}", "let M choose"))
+        elif m is not None and self.m_max is not None and m > self.m_max:
             message = f"{self.name} expands the whole weight above M={self.m_max}; this phase has M={m}"
             out.append(Reason("QC104", message, "use a kernel that stays fused at this M, or leave the phase out"))
         return out + self._why_not_codes(request)
@@ -175,11 +194,19 @@ class KernelRow:
             out.append(Reason("QC207", message, f"export the model with opset {self.opset} or later"))
         return out
 
+    def _nearest(self, x: Scheme) -> str:
+        """The scheme of an activation that it takes, as near to ``x`` as may be."""
+        name = x.dtype.name if x.dtype.name in self.x_codes else min(self.x_codes, default=x.dtype.name)
+        per = x.granularity if x.granularity in self.x_granularities else min(self.x_granularities)
+        zero = "asym" if "int" in self.x_zeros and not dtype(name).is_float else "sym"
+        return f"{name} {per} {zero}{' dynamic' if self.dynamic else ''}"
+
     def _why_not_activation(self, x: Scheme) -> list[Reason]:
         out: list[Reason] = []
-        if x.granularity != "tensor":
-            message = f"{self.name} scales activations per tensor, not per {x.granularity}"
-            out.append(Reason("QC201", message, f"the nearest is '{x.dtype} tensor asym dynamic'"))
+        if x.granularity not in self.x_granularities:
+            known = " or ".join(sorted(self.x_granularities))
+            message = f"{self.name} scales activations per {known}, not per {x.granularity}"
+            out.append(Reason("QC201", message, f"the nearest is '{self._nearest(x)}'"))
         if x.dynamic != self.dynamic:
             does, asks = ("dynamic", "static") if self.dynamic else ("static", "dynamic")
             fix = f"make activations {does}"
@@ -280,5 +307,7 @@ class Target:
         return {name: reasons for name, reasons in out.items() if reasons}
 
     def _row_reasons(self, row: KernelRow, request: Request, phases: Iterable[Phase]) -> list[Reason]:
-        reasons = (reason for p in phases for reason in row.why_not(request, self.features, p.m))
+        phases = list(phases)
+        own = [p for p in phases if row.serves_rows(p.m)] or phases
+        reasons = (reason for p in own for reason in row.why_not(request, self.features, p.m))
         return list(dict.fromkeys(reasons))

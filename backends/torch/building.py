@@ -18,6 +18,9 @@ from qcompiler.payload import Payload, computed
 
 CALLS = "torch.calls"
 """Key in the ``meta`` of a value: the calls on it that several ops share, as ``((name, args...), value name)``."""
+LAYOUTS = "torch.layouts"
+"""Key in the ``meta`` of canonical codes and scales: the constants that were derived from them, as ``(key, name)``, so
+that tied layers read one."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,16 @@ class Builder(Lowering):
             return fn(*(p.array() for p in payloads))
 
         return self.const(suffix, computed(suffix, write, list(sources), element, tuple(shape)))
+
+    def laid_out(self, source: Value, key: tuple[Any, ...], make: Callable[[], Value]) -> Value:
+        """The constant that was made of ``source`` with ``key`` before, for whichever op, else that of ``make``."""
+        known = source.meta.get(LAYOUTS, ())
+        found = source.graph.lookup(dict(known).get(key, ""))
+        if found is not None and found.is_const:
+            return found
+        made = make()
+        source.meta[LAYOUTS] = (*known, (key, made.name))
+        return made
 
     # -- calls -----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from qcompiler.backends.torch import conditions_triton as triton
 from qcompiler.backends.torch.nodes import INT4, INT8, LowBit, argument
+from qcompiler.backends.torch.nodes_triton import SLOTS
 from qcompiler.dtypes import BF16
 from qcompiler.ir import Value
 from qcompiler.target import Phase, Target
@@ -137,7 +139,13 @@ def _unknown(n: LowBit, s: Setting) -> str | None:
 
 
 def _absent(n: LowBit, s: Setting) -> str | None:
-    return "torch-cuda has no rows yet, so nothing says that its kernel leaves the weight in few bits"
+    if n.call in SLOTS or n.kind == "matmul":
+        return None
+    return f"torch-cuda has no row for {n.call}, so nothing says that its kernel leaves the weight in few bits"
+
+
+def _alone(test: Callable[[LowBit], str | None]) -> Test:
+    return lambda n, s: test(n)
 
 
 _QLINEAR = frozenset({"onednn.qlinear_pointwise"})
@@ -146,6 +154,9 @@ _OURS = frozenset({"qcompiler.qlinear", "qcompiler.qconv"})
 _CUDA_ONLY = frozenset(
     {"aten._weight_int4pack_mm", "aten._weight_int4pack_mm_with_scales_and_zeros", "quantized.int4mm_packed_weight_cpu"}
 )
+_TRITON = frozenset(SLOTS)
+CUDA, BOTH = frozenset({"torch-cuda"}), frozenset({"torch-cpu", "torch-cuda"})
+_AGAIN = "compile the float model again; the call was changed by hand"
 _BF16_FIX = "cast the activation to bf16, or compile with qcompiler"
 _TO_ROWS = "compile the float model with qcompiler: 'w4a16', 'w8a16' or 'w8a8-dynamic'"
 FP8 = frozenset({"aten._scaled_mm", "aten._scaled_mm_v2"})
@@ -170,7 +181,7 @@ CONDITIONS: tuple[Condition, ...] = (
         _TO_ROWS,
     ),
     Condition("QC205", "dequant", _ONEDNN | _OURS, _packed_each_time, "pack the weight once"),
-    Condition("QC104", "dequant", frozenset(), _codes_change, "store the codes as a buffer of the model"),
+    Condition("QC104", "dequant", frozenset(), _codes_change, "store the codes as a buffer of the model", BOTH),
     Condition("QC104", "dequant", frozenset(), _unknown, _TO_ROWS),
     Condition(
         "QC201",
@@ -195,7 +206,19 @@ CONDITIONS: tuple[Condition, ...] = (
         _always("its kernels are for Arm; on x86 it is 30 times slower than int4pack"),
         _TO_ROWS,
     ),
-    Condition("QC206", "dequant", frozenset(), _absent, "compile for torch-cpu", frozenset({"torch-cuda"})),
+    Condition("QC206", "dequant", frozenset(), _absent, "compile the float model for torch-cuda", CUDA),
+    Condition("QC201", "error", _TRITON, _alone(triton.form_unknown), _AGAIN, BOTH),
+    Condition("QC202", "error", _TRITON, _alone(triton.group_wrong), _AGAIN, BOTH),
+    Condition("QC205", "error", _TRITON, _alone(triton.codes_wrong), _AGAIN, BOTH),
+    Condition("QC203", "error", _TRITON, _alone(triton.parameters_wrong), _AGAIN, BOTH),
+    Condition("QC104", "dequant", _TRITON, _alone(triton.parameters_change), "store them as buffers", BOTH),
+    Condition(
+        "QC206",
+        "dequant",
+        _TRITON,
+        _always("its kernel is for GPUs; on a CPU a reference expands the weight piece by piece"),
+        "compile for torch-cpu",
+    ),
 )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from qcompiler import dtypes
 from qcompiler.backends.torch.conditions import Setting, broken
 from qcompiler.backends.torch.nodes import INT4, INT8, LowBit, low_bit, low_bit_nodes
+from qcompiler.backends.torch.nodes_triton import row_keys
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.scheme import Scheme
 from qcompiler.sites import Site
@@ -111,7 +112,7 @@ def judge_node(node: LowBit, setting: Setting) -> NodeVerdict:
     for condition, reason in faults:
         _blame(out, condition.verdict, condition.code, reason, condition.fix)
     if not faults:
-        _ask_row(out, node, setting)
+        _ask_rows(out, node, setting)
     return out
 
 
@@ -136,25 +137,31 @@ def _blame(out: NodeVerdict, verdict: Verdict, code: str, reason: str, fix: str)
     out.findings.append(Finding(code, out.name, said(out, verdict), reason, fix))
 
 
-def row_of(node: LowBit, target: Target) -> KernelRow | None:
-    """The row of the kernel that ``node`` calls, where the target has one."""
+def rows_of(node: LowBit, target: Target) -> list[KernelRow]:
+    """The rows of the kernels that ``node`` calls, where the target has any: several where M decides between them."""
     short = "gather" if node.kind == "embedding" else ROWS.get(node.call, "")
-    return next((r for r in target.rows if short and r.name == f"{target.name}/{short}"), None)
+    names = {f"{target.name}/{key}" for key in row_keys(node) or (short,) if key}
+    kinds = {"embedding": "q.embedding"}
+    found = [r for r in target.rows if r.name in names]
+    wanted = kinds.get(node.kind)
+    return [r for r in found if wanted is None or r.op == wanted]
 
 
-def _ask_row(out: NodeVerdict, node: LowBit, setting: Setting) -> None:
+def _ask_rows(out: NodeVerdict, node: LowBit, setting: Setting) -> None:
     """Ask the row of this kernel for each phase; a kernel without a row is called what torch calls it."""
-    row = row_of(node, setting.target)
+    rows, ours = rows_of(node, setting.target), bool(row_keys(node))
     plain = f"{setting.target.name}/{node.short}"
     for phase in setting.phases:
-        if row is None:
+        served = [r for r in rows if r.serves_rows(phase.m)]
+        if not served:
             out.kernels[phase.name] = plain
             continue
-        reasons = row.why_not(_request(node, row), setting.target.features, phase.m)
-        # What a row declines here is the chip or the phase: the call itself is what the conditions judge.
-        reasons = [r for r in reasons if r.code in ("QC206", "QC104")]
+        asked = [r.why_not(_request(node, r), setting.target.features, phase.m) for r in served]
+        # What a row of torch's own declines here is the chip or the phase: the call is what the conditions judge. Ours
+        # say what they take, and several stand for one kernel.
+        reasons = min(([r for r in a if ours or r.code in ("QC206", "QC104")] for a in asked), key=len)
         if not reasons:
-            out.kernels[phase.name] = row.name
+            out.kernels[phase.name] = served[0].name
             continue
         text = "; ".join(r.message for r in reasons)
         _blame(out, "dequant", reasons[0].code, f"phase {phase.name}, M={phase.m}: {text}", reasons[0].fix)

@@ -21,8 +21,9 @@ from typing import Any
 
 from qcompiler.backends.chips import CHIPS, SM, detect_features
 from qcompiler.backends.torch.kernels_integer import CPU_ABSENT, INTEGER_ROWS, runs_with
+from qcompiler.backends.triton.targets import cuda_target
 from qcompiler.errors import InputError
-from qcompiler.target import KernelRow, Reason, Target
+from qcompiler.target import KernelRow, Target
 
 INT4PACK, INT8PACK, GATHER = "torch-cpu/int4pack", "torch-cpu/int8pack", "torch-cpu/gather"
 
@@ -151,9 +152,7 @@ def target(spec: str) -> Target:
     if found is None or int(found[1]) not in SM:
         known = ", ".join(f"sm_{s}" for s in SM)
         raise InputError(f"target {spec!r}: no architecture called {arch!r}; known: {known}")
-    none = Reason("QC206", "torch-cuda has no kernels yet", "compile for torch-cpu")
-    absent = tuple((op, none) for op in ("q.linear", "q.embedding", "q.linear_dyn", "q.linear_static"))
-    return Target(name, arch, frozenset({"cuda"}), (), "aten", absent)
+    return cuda_target(arch)
 
 
 def _cpu(spec: str, arch: str) -> Target:

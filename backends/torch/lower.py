@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from qcompiler.backends.torch import layouts
-from qcompiler.backends.torch.building import Builder
+from qcompiler.backends.torch.building import LAYOUTS, Builder
 from qcompiler.backends.torch.payload import TO_TORCH
 from qcompiler.dtypes import BF16, F32, INT8, UINT8, Array, DType
 from qcompiler.errors import InputError
@@ -25,9 +25,6 @@ from qcompiler.payload import ComputedPayload, constant
 from qcompiler.scheme import Scheme
 from qcompiler.target import Choice
 
-LAYOUTS = "torch.layouts"
-"""Key in the ``meta`` of canonical codes and scales: the constants that were derived from them, as
-``((layout, columns), name)``, so that tied layers read one."""
 WIDTH = "qcompiler.int4pack"
 """Key of the metadata that says for which vector width the int4 weights of a program are packed."""
 BLOCKS = (256, 128, 64, 32)
@@ -68,7 +65,7 @@ def int4pack(op: Op, choice: Choice) -> Value:
     def made() -> Value:
         return b.derived("weight_scales_zeros", [scale, *zero], parameters, BF16, (columns // block, rows, 2))
 
-    both = _known_or(b.at(2), ("scales_zeros", block), made)
+    both = b.laid_out(b.at(2), ("scales_zeros", block), made)
     x = b.at(0)
     flat = _rows(b, x, columns)
     kind = TensorType(BF16, (_count(x), rows))
@@ -240,18 +237,7 @@ def _once(
 ) -> Value:
     """``fn`` of the codes as a constant, one for all that ask with ``key``."""
     payload = b.payload(1, "codes")
-    return _known_or(b.at(1), key, lambda: b.derived(suffix, [payload], fn, element, shape))
-
-
-def _known_or(source: Value, key: tuple[str, int], make: Callable[[], Value]) -> Value:
-    """The constant that was made of ``source`` with ``key`` before, else that of ``make``."""
-    known = source.meta.get(LAYOUTS, ())
-    found = source.graph.lookup(dict(known).get(key, ""))
-    if found is not None and found.is_const:
-        return found
-    made = make()
-    source.meta[LAYOUTS] = (*known, (key, made.name))
-    return made
+    return b.laid_out(b.at(1), key, lambda: b.derived(suffix, [payload], fn, element, shape))
 
 
 def _int8_codes(b: Builder, columns: int) -> Value:

@@ -89,6 +89,8 @@ class LowBit:
     scheme: Scheme | None
     known: bool = True
     """Whether :data:`PLACES`, or a lookup of codes, says how it is read."""
+    whole: Value | None = None
+    """One factor for the whole weight, beside the scales."""
 
     @property
     def short(self) -> str:
@@ -117,7 +119,7 @@ class LowBit:
         if self.call == INT4:  # one tensor holds both
             both = _nbytes(self.scales)
             return out | {"scales": both // 2, "zeros": both - both // 2}
-        out["scales"] = _nbytes(self.scales) + sum(_nbytes(v) for v in _factors_behind(self))
+        out["scales"] = _nbytes(self.scales) + _nbytes(self.whole) + sum(_nbytes(v) for v in _factors_behind(self))
         return out | {"zeros": _nbytes(self.zeros)}
 
 
@@ -139,6 +141,10 @@ def low_bit(op: Op) -> LowBit | None:
         return None
     if places is not None:
         return _placed(op, call, places)
+    if call.startswith(OURS):
+        from qcompiler.backends.torch.nodes_triton import SLOTS, triton_call
+
+        return triton_call(op, call) if call in SLOTS else None
     if op.name in LOOKUPS:
         return _table(op)
     return _unknown(op)

@@ -14,6 +14,7 @@ from qcompiler.backends.torch.conditions import CONDITIONS, WIDTH
 from qcompiler.backends.torch.judge import examine, judge_graph, sites_of
 from qcompiler.backends.torch.kernels import target
 from qcompiler.backends.torch.nodes import PLACES
+from qcompiler.backends.torch.nodes_triton import SLOTS
 from qcompiler.backends.torch.stored import check_stored
 from qcompiler.dtypes import BF16, F32, INT8
 from qcompiler.ir import Atom, Graph, Hole, Op, TensorType, Value
@@ -250,7 +251,7 @@ def test_scales_that_are_no_numbers() -> None:
 
 
 def test_every_condition_names_operators_that_are_read() -> None:
-    known = set(PLACES) | {"quantized.linear_dynamic_fp16_unpacked_weight"}
+    known = set(PLACES) | set(SLOTS) | {"quantized.linear_dynamic_fp16_unpacked_weight"}
     for condition in CONDITIONS:
         assert condition.ops <= known
         assert condition.fix
