@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompiler import float_codes
 from qcompiler.dtypes import F16, Array, DType
 from qcompiler.errors import InputError
 from qcompiler.scheme import Scheme
@@ -35,10 +36,16 @@ STRIP = 1 << 17
 """Errors of so many elements at a time: they and two buffers stay near the second-level cache."""
 
 
-def check_integer(scheme: Scheme) -> None:
-    """Raise InputError unless ``scheme`` has integer codes of at most 8 bits."""
-    if not scheme.dtype.is_integer or scheme.bits > 8:
-        raise InputError(f"<{scheme}>: codes are int8, int4, int2 or their unsigned kin here, not {scheme.dtype}")
+def check_codes(scheme: Scheme, clip: Clip = "absmax") -> None:
+    """Raise InputError unless a weight can be quantized by ``scheme``: to integers of at most 8 bits, floats, nf4.
+
+    Ranges are searched (``clip`` is ``mse``) where one range makes one free scale: no blocks, no typed scales.
+    """
+    if scheme.dtype.name not in float_codes.KINDS and (not scheme.dtype.is_integer or scheme.bits > 8):
+        known = ", ".join(float_codes.KINDS)
+        raise InputError(f"<{scheme}>: codes are integers of up to 8 bits, or {known}, not {scheme.dtype}")
+    if clip == "mse" and (scheme.scale is not None or scheme.granularity == "block"):
+        raise InputError(f"<{scheme}>: no range is searched for blocks or typed scales; use clip = 'absmax'")
 
 
 def affine_params(lo: Array, hi: Array, scheme: Scheme, element: DType) -> tuple[Array, Array | None]:
@@ -47,6 +54,7 @@ def affine_params(lo: Array, hi: Array, scheme: Scheme, element: DType) -> tuple
     ``lo`` and ``hi`` are finite float64 of one shape, any sign. The formulas, with qmin and qmax of the code type:
       - symmetric, as compressed-tensors: scale = max(|lo|, |hi|) / ((qmax - qmin) / 2), so int4 divides by 7.5 and the
         positive end saturates at 7. Unsigned codes without a zero point hold 0..hi: scale = hi / qmax.
+      - floats and codebooks: scale = max(|lo|, |hi|) / (their largest value: 448, 57344, 6, or 1 for nf4).
       - asymmetric, as ONNX DynamicQuantizeLinear: lo = min(lo, 0), hi = max(hi, 0), scale = (hi - lo) / (qmax - qmin),
         zero = clamp(round(qmin - lo / scale)); a float zero point is the same, not rounded to an integer.
       - an all-zero range has scale 1, and a zero point that makes 0 exact.
@@ -56,10 +64,14 @@ def affine_params(lo: Array, hi: Array, scheme: Scheme, element: DType) -> tuple
       - scales of codes of up to 4 bits are rounded to :data:`SCALE_BITS` significant bits, to nearest, whatever
         ``element`` is and before anything is computed from them: kernels that keep scales in bf16 compute with the
         very scales that the codes were made for, and all targets have the same codes.
+      - scales of a type of their own: :func:`qcompiler.float_codes.typed_scales`. One factor belongs to all the ranges
+        given for f8e4m3, so they are those of a whole tensor.
     Raises InputError for a negative value in an unsigned symmetric scheme.
     """
-    qmin, qmax = scheme.dtype.qmin, scheme.dtype.qmax
     lo, hi = np.minimum(lo, 0.0), np.maximum(hi, 0.0)
+    if not scheme.dtype.is_integer:
+        return _float_scale(np.maximum(-lo, hi), scheme, element), None
+    qmin, qmax = scheme.dtype.qmin, scheme.dtype.qmax
     if not scheme.symmetric:
         exact = (hi / 2 - lo / 2) / ((qmax - qmin) / 2)  # halves, so that the full range of f64 does not overflow
     elif scheme.dtype.kind == "uint":
@@ -79,6 +91,18 @@ def affine_params(lo: Array, hi: Array, scheme: Scheme, element: DType) -> tuple
         return scale, None
     zero = np.clip(qmin - lo / scale.astype(np.float64), qmin, qmax)
     return scale, np.rint(zero).astype(scheme.dtype.storage) if scheme.zero == "int" else zero.astype(element.storage)
+
+
+def _float_scale(absmax: Floats, scheme: Scheme, element: DType) -> Array:
+    """The scale of groups of float or codebook codes."""
+    if scheme.scale is not None:
+        typed = float_codes.typed_scales(absmax, scheme.dtype, scheme.scale)
+        return _no_underflow(typed, element).astype(element.storage)
+    exact = absmax / float_codes.largest(scheme.dtype)
+    bounded = _no_underflow(exact, element)
+    if scheme.bits <= 4:
+        bounded = short(bounded, element)
+    return np.where(exact > 0, bounded, 1.0).astype(element.storage)
 
 
 def _no_underflow(exact: Floats, element: DType) -> Floats:
@@ -105,6 +129,8 @@ def raised(lo: Floats, hi: Floats, floor: Floats, scheme: Scheme) -> tuple[Float
     unit in the last place below the floor: of its dtype, or of :data:`SCALE_BITS` bits for codes of up to 4 bits.
     """
     lo, hi = np.minimum(lo, 0.0), np.maximum(hi, 0.0)
+    if not scheme.dtype.is_integer:
+        return lo, np.maximum(hi, floor * float_codes.largest(scheme.dtype))
     qmin, qmax = scheme.dtype.qmin, scheme.dtype.qmax
     if not scheme.symmetric:
         return lo, np.maximum(hi, lo + floor * (qmax - qmin))
@@ -131,6 +157,10 @@ def shrink_errors(x: Array, lo: Floats, hi: Floats, scheme: Scheme, element: DTy
     steps, codes = np.empty(x.shape, x.dtype), np.empty(x.shape, x.dtype)
     for i in range(len(FACTORS)):
         np.divide(x, scales[i].astype(x.dtype), out=steps)
+        if not scheme.dtype.is_integer:
+            float_codes.rounded(steps, scheme.dtype, codes)
+            out[i] = _fold(np.square(np.subtract(steps, codes, out=steps), out=steps)) * weights[i]
+            continue
         low, high = x.dtype.type(scheme.dtype.qmin), x.dtype.type(scheme.dtype.qmax)
         if zeros is None:
             np.clip(np.rint(steps, out=codes), low, high, out=codes)

@@ -17,6 +17,7 @@ from qcompiler.clipping import Floats, affine_params, work_dtype
 from qcompiler.dtypes import F32, F64, Array, DType, dtype_of
 from qcompiler.errors import BadWeights, InputError
 from qcompiler.integer_spec import FUNCTIONS
+from qcompiler.op_spec import scale_shape
 from qcompiler.scheme import Scheme
 
 Operands = Sequence[Array | None]
@@ -24,7 +25,7 @@ Dequantize = Callable[[Array, Array, Array | None, Scheme, DType], Array]
 
 
 def dynamic_params(x: Array, scheme: Scheme) -> tuple[Array, Array | None]:
-    """Scale and zero point of a dynamic scheme: ``[]`` per tensor, ``[.., 1]`` per token.
+    """Scale and zero point of a dynamic scheme: ``[]`` per tensor, ``[.., 1]`` per token, ``[.., B]`` for blocks.
 
     The scale is f32 for f32, f16 and bf16 activations, whose codes are computed in f32, and f64 for f64.
     The law is :func:`qcompiler.clipping.affine_params` of the minimum and maximum of what shares the parameters.
@@ -33,14 +34,18 @@ def dynamic_params(x: Array, scheme: Scheme) -> tuple[Array, Array | None]:
     finite = np.isfinite(x)
     if not finite.all():
         raise BadWeights(int(x.size - np.count_nonzero(finite)), x.size)
-    token = scheme.granularity == "token"
+    element = dtype_of(work_dtype(dtype_of(x.dtype)))
     if not x.size:
-        lo = hi = np.zeros((*x.shape[:-1], 1) if token else ())
+        lo = hi = np.zeros(scale_shape(x.shape, scheme))
+    elif scheme.granularity == "block":
+        starts = np.arange(0, x.shape[-1], scheme.group[1])
+        lo, hi = (np.asarray(op.reduceat(x, starts, axis=-1), np.float64) for op in (np.minimum, np.maximum))
     else:
+        token = scheme.granularity == "token"
         axis, keep = (-1, True) if token else (None, False)
         lo = np.asarray(x.min(axis=axis, keepdims=keep), np.float64)
         hi = np.asarray(x.max(axis=axis, keepdims=keep), np.float64)
-    return affine_params(lo, hi, scheme, dtype_of(work_dtype(dtype_of(x.dtype))))
+    return affine_params(lo, hi, scheme, element)
 
 
 # -- windows -------------------------------------------------------------------------------------------------
@@ -209,7 +214,7 @@ class Integer:
         """The dequantized weight in operand ``first``; a linear's parameters are ``[N, G]`` or ``[1, 1]``."""
         scheme: Scheme = self.attrs["scheme"]
         codes, scale, zero = self.need(first), self.need(first + 1), self.at(first + 2)
-        if codes.ndim == 2 and scheme.axis == 1 and scheme.granularity != "group":
+        if codes.ndim == 2 and scheme.axis == 1 and scheme.granularity in ("channel", "tensor"):
             scheme = scheme.with_axis(None if scheme.granularity == "tensor" else 0)
             scale, zero = _column(scale, scheme), None if zero is None else _column(zero, scheme)
         return self.dequantize(codes, scale, zero, scheme, F64)

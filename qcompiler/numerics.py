@@ -3,7 +3,8 @@
 Every other implementation agrees with this one: :mod:`qcompiler.rtn` bit for bit, kernels within the bounds of their
 rows. Rounding is to nearest, ties to even, then saturation, as in ONNX QuantizeLinear:
 ``code = clamp(round(x / scale) + zero)`` and ``value = (code - zero) * scale``. The division is done in float32 for
-f32, f16 and bf16 tensors, in float64 for f64. A float zero point is added before rounding.
+f32, f16 and bf16 tensors, in float64 for f64. A float zero point is added before rounding. Float and codebook codes are
+those of :mod:`qcompiler.float_codes`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler import integer_numerics, spec
+from qcompiler import float_codes, integer_numerics, spec
 from qcompiler.clipping import (
     CHUNK,
     FACTORS,
@@ -21,7 +22,7 @@ from qcompiler.clipping import (
     Floats,
     affine_params,
     best_factor,
-    check_integer,
+    check_codes,
     search_range,
     shrink_errors,
     work_dtype,
@@ -42,9 +43,9 @@ def choose_qparams(x: Array, scheme: Scheme, clip: Clip = "absmax") -> tuple[Arr
 
     ``clip`` is ``absmax`` (the whole range of each group) or ``mse`` (of the ranges shrunk by ``clipping.FACTORS`` the
     one with the least sum of squared errors). The law of the parameters is :func:`qcompiler.clipping.affine_params`.
-    Raises BadWeights for NaN or infinity, InputError for a scheme without integer codes.
+    Raises BadWeights for NaN or infinity, InputError for a scheme that makes no codes (:func:`clipping.check_codes`).
     """
-    check_integer(scheme)
+    check_codes(scheme, clip)
     x = np.asarray(x)
     element = dtype_of(x.dtype)
     shape = spec.scale_shape(x.shape, scheme)
@@ -62,6 +63,13 @@ def choose_qparams(x: Array, scheme: Scheme, clip: Clip = "absmax") -> tuple[Arr
     axis = _axis(x, scheme)
     if scheme.granularity == "channel":
         lo, hi = _column_range(np.moveaxis(work, axis, -1).reshape(-1, shape[0]), scheme, element, clip)
+        return affine_params(lo, hi, scheme, element)
+    if scheme.granularity == "block":
+        high, wide = scheme.group if axis == 1 else scheme.group[::-1]
+        blocks = [
+            [work[r : r + high, c : c + wide] for c in range(0, x.shape[1], wide)] for r in range(0, len(x), high)
+        ]
+        lo, hi = (np.array([[float(op(b)) for b in row] for row in blocks]) for op in (np.min, np.max))
         return affine_params(lo, hi, scheme, element)
     rows = np.moveaxis(work, axis, 0)
     size = scheme.group[0]
@@ -109,6 +117,11 @@ def spread(params: Array, shape: tuple[int, ...], scheme: Scheme) -> Array:
         )
     if scheme.granularity in ("tensor", "token"):
         return params
+    if scheme.granularity == "block":
+        if scheme.dynamic:
+            return np.repeat(params, scheme.group[1], -1)[..., : shape[-1]]
+        high, wide = scheme.group if (scheme.axis or 0) % 2 else scheme.group[::-1]
+        return np.repeat(np.repeat(params, high, 0), wide, 1)[: shape[0], : shape[1]]
     axis = (scheme.axis or 0) % len(shape)
     if scheme.granularity == "channel":
         return params.reshape([-1 if i == axis else 1 for i in range(len(shape))])
@@ -120,12 +133,12 @@ def spread(params: Array, shape: tuple[int, ...], scheme: Scheme) -> Array:
 
 
 def quantize(x: Array, scale: Array, zero: Array | None, scheme: Scheme) -> Array:
-    """Codes of ``x`` (any rank, any float dtype), one a byte: int8 for signed types, uint8 for unsigned.
+    """Codes of ``x`` (any rank, any float dtype), one a byte: int8 for signed types, uint8 for unsigned ones and nf4.
 
     ``scale`` and ``zero`` are shaped as ``spec.scale_shape`` says; infinities saturate. Raises InputError for NaN, for
     a scale that is zero or not finite, and for parameters of another shape.
     """
-    check_integer(scheme)
+    check_codes(scheme)
     _check_zero(zero, scheme)
     x, scale = np.asarray(x), np.asarray(scale)
     element = dtype_of(x.dtype)
@@ -138,6 +151,8 @@ def quantize(x: Array, scale: Array, zero: Array | None, scheme: Scheme) -> Arra
         raise InputError(f"<{scheme}>: a scale is zero or not finite; nothing can be divided by it")
     with np.errstate(over="ignore"):
         codes = x.astype(work) / spread(scale, x.shape, scheme).astype(work)
+    if not scheme.dtype.is_integer:
+        return float_codes.nearest(codes, scheme.dtype)
     if zero is None:
         codes = np.rint(codes)
     elif scheme.zero == "float":
@@ -153,7 +168,7 @@ def dequantize(codes: Array, scale: Array, zero: Array | None, scheme: Scheme, d
 
     Raises InputError where codes are not stored as the scheme's type, or parameters have another shape.
     """
-    check_integer(scheme)
+    check_codes(scheme)
     _check_zero(zero, scheme)
     scale = spread(np.asarray(scale), codes.shape, scheme)
     zero = None if zero is None else spread(np.asarray(zero), codes.shape, scheme)
@@ -164,7 +179,7 @@ def _values(codes: Array, scale: Array, zero: Array | None, scheme: Scheme) -> F
     """``(code - zero) * scale`` in float64; the parameters broadcast."""
     if codes.dtype != scheme.dtype.storage:
         raise InputError(f"<{scheme}>: codes are stored as {scheme.dtype.storage}, not {codes.dtype}")
-    values = codes.astype(np.float64)
+    values = codes.astype(np.float64) if scheme.dtype.is_integer else float_codes.decode(codes, scheme.dtype)
     if zero is not None:
         values -= zero.astype(np.float64)
     values *= scale.astype(np.float64)
@@ -213,12 +228,12 @@ def q_embedding(indices: Array, codes: Array, scale: Array, zero: Array | None, 
 
 
 def _matrix(codes: Array, scale: Array, zero: Array | None, scheme: Scheme) -> tuple[int, int]:
-    check_integer(scheme)
+    check_codes(scheme)
     _check_zero(zero, scheme)
     if codes.ndim != 2:
         raise InputError(f"codes are [N, K], not {list(codes.shape)}")
     n, k = codes.shape
-    want = (1, 1) if scheme.granularity == "tensor" else (n, scheme.groups(k))
+    want = spec.column_shape(n, k, scheme)
     for name, params in (("scale", scale), ("zero point", zero)):
         if params is not None and tuple(params.shape) != want:
             raise InputError(f"<{scheme}>: the {name} of codes {[n, k]} is {list(want)}, not {list(params.shape)}")
@@ -229,8 +244,11 @@ def _rows(codes: Array, scale: Array, zero: Array | None, scheme: Scheme, rows: 
     """The chosen rows of the dequantized matrix, float64."""
 
     def wide(params: Array) -> Array:
-        chosen = params if scheme.granularity == "tensor" else params[rows]
-        return np.repeat(chosen, scheme.group[0], 1)[:, : codes.shape[1]] if scheme.group else chosen
+        if scheme.granularity == "block":
+            chosen = params[np.arange(len(codes))[rows] // scheme.group[0]]
+        else:
+            chosen = params if scheme.granularity == "tensor" else params[rows]
+        return np.repeat(chosen, scheme.group[-1], 1)[:, : codes.shape[1]] if scheme.group else chosen
 
     return _values(codes[rows], wide(scale), None if zero is None else wide(zero), scheme)
 

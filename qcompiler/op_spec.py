@@ -17,6 +17,8 @@ def scale_shape(shape: tuple[int, ...], scheme: Scheme) -> tuple[int, ...]:
         return ()
     if scheme.granularity == "token" and shape:
         return (*shape[:-1], 1)
+    if scheme.granularity == "block" and scheme.dynamic and shape:
+        return (*shape[:-1], -(-shape[-1] // scheme.group[1]))
     if scheme.axis is None or not -len(shape) <= scheme.axis < len(shape):
         raise StructureError(f"scheme <{scheme}> has no axis in a tensor of rank {len(shape)}")
     axis = scheme.axis % len(shape)
@@ -24,7 +26,19 @@ def scale_shape(shape: tuple[int, ...], scheme: Scheme) -> tuple[int, ...]:
         return (shape[axis],)
     if scheme.granularity == "group":
         return (*shape[:axis], scheme.groups(shape[axis]), *shape[axis + 1 :])
-    raise StructureError(f"scheme <{scheme}>: no static scale shape for granularity {scheme.granularity}")
+    if scheme.granularity == "block" and len(shape) == 2:
+        sizes = scheme.group if axis == 1 else scheme.group[::-1]
+        return -(-shape[0] // sizes[0]), -(-shape[1] // sizes[1])
+    raise StructureError(f"scheme <{scheme}>: a tensor of rank {len(shape)} has no {scheme.granularity} scales")
+
+
+def column_shape(n: int, k: int, scheme: Scheme) -> tuple[int, int]:
+    """The shape of scales and zeros beside codes ``[N, K]``: one row a feature, or a block; ``[1, 1]`` per tensor."""
+    if scheme.granularity == "tensor":
+        return 1, 1
+    if scheme.granularity == "block":
+        return -(-n // scheme.group[0]), -(-k // scheme.group[1])
+    return n, scheme.groups(k)
 
 
 def fail(op: Op, why: str) -> NoReturn:
@@ -100,8 +114,7 @@ def matrix(op: Op, scheme: Scheme, first: int = 1) -> tuple[int, int] | None:
         fail(op, f"{op.name} groups along K, axis 1 of its codes, not axis {scheme.axis}")
     shape = codes.tensor.static_shape
     if shape is not None:
-        columns = scheme.groups(shape[1])
-        parameters(op, first + 1, (1, 1) if scheme.granularity == "tensor" else (shape[0], columns), scheme)
+        parameters(op, first + 1, column_shape(shape[0], shape[1], scheme), scheme)
         return shape[0], shape[1]
     return None
 

@@ -19,13 +19,14 @@ from qcompiler.clipping import (
     Floats,
     affine_params,
     best_factor,
-    check_integer,
+    check_codes,
     raised,
     search_range,
     shrink_errors,
 )
 from qcompiler.dtypes import Array, dtype_of
 from qcompiler.errors import BadWeights, InputError
+from qcompiler.float_codes import encode
 from qcompiler.payload import ArrayPayload, Payload
 from qcompiler.scheme import Scheme
 from qcompiler.tiling import COLUMNS, TILE, Buffers, Reader, Tile, each, processors, tiles
@@ -35,10 +36,10 @@ from qcompiler.tiling import COLUMNS, TILE, Buffers, Reader, Tile, each, process
 class RtnResult:
     """What a weight became.
 
-    ``codes`` are int8 or uint8, one a byte, in the orientation asked for. ``scale`` (dtype of the weight) and ``zero``
-    (dtype of the codes, or of the weight for a float zero point; None when symmetric) have the shape that
-    ``spec.scale_shape`` gives for that orientation. ``stats`` holds ``weights`` (how many), ``sum_sq`` and
-    ``sum_sq_error`` (of all the weights, and of what rounding took from them, to float32 accuracy), ``groups``,
+    ``codes`` are of the storage type of the scheme's dtype, one a byte, in the orientation asked for. ``scale`` (dtype
+    of the weight) and ``zero`` (dtype of the codes, or of the weight for a float zero point; None when symmetric) have
+    the shape that ``spec.scale_shape`` gives for that orientation. ``stats`` holds ``weights`` (how many), ``sum_sq``
+    and ``sum_sq_error`` (of all the weights, and of what rounding took from them, to float32 accuracy), ``groups``,
     ``zero_groups`` (all zero), ``scale_min`` and ``scale_max`` (of the others), ``all_scales_equal`` (several groups,
     one scale).
     """
@@ -65,10 +66,12 @@ def quantize_weight(
     ``threads`` defaults to the processors at hand, at most 4. Neither it nor the orientation of the weight changes a
     bit, but for a tie between two ranges where ``clip`` is ``mse`` and the granularity tensor. ``floor``, of the shape
     of the scales before any transposing, is what no scale may be below; see :func:`qcompiler.clipping.raised`.
-    Raises BadWeights for NaN or infinity, InputError for a tensor that is no float matrix or a scheme without integer
-    codes of one static granularity.
+    Raises BadWeights for NaN or infinity, InputError for a tensor that is no float matrix, or a scheme that is dynamic
+    or makes no codes.
     """
-    check_integer(scheme)
+    check_codes(scheme, clip)
+    if scheme.dynamic:
+        raise InputError(f"<{scheme}>: the parameters of a weight are computed once; drop 'dynamic'")
     payload = weight if isinstance(weight, Payload) else ArrayPayload(np.asarray(weight), dtype_of(weight.dtype))
     if len(payload.shape) != 2 or not payload.dtype.is_float:
         raise InputError(f"only float matrices are quantized here, not {payload.dtype}{list(payload.shape)}")
@@ -80,11 +83,17 @@ def quantize_weight(
 Region = tuple[slice, slice]
 
 
-class _Job:
-    """One weight on its way. ``along`` is the axis that a group runs along, ``size`` its length.
+def _multiple(count: int, unit: int) -> int:
+    """``count`` rounded down to a multiple of ``unit``, but for the first."""
+    return max(count // unit, 1) * unit
 
-    Where a tile holds whole groups (``local``), one reading does; else the ranges of all tiles come first (and for
-    ``mse`` their errors).
+
+class _Job:
+    """One weight on its way. ``along`` is the axis that a group runs along, ``size`` its length; the
+    ``high`` groups of a block share their parameters.
+
+    Where a tile holds whole groups (``local``), one reading does, unless their scales share a factor (``shared``); else
+    the ranges of all tiles come first (and for ``mse`` their errors).
     """
 
     def __init__(
@@ -95,27 +104,37 @@ class _Job:
         rows, cols = self.shape = weight.shape[0], weight.shape[1]
         spec.scale_shape(self.shape, scheme)  # refuses an axis that is not there
         axis = 0 if scheme.axis is None else scheme.axis % 2
-        self.along = {"tensor": 0, "channel": 1 - axis, "group": axis}[scheme.granularity]
-        self.size = scheme.group_size or self.shape[self.along]
-        self.local = scheme.granularity == "group" or (scheme.granularity == "channel" and self.along == 1)
-        count = scheme.groups(self.shape[self.along])
-        whole = (count, cols) if self.along == 0 else (rows, count)
+        self.along = {"tensor": 0, "channel": 1 - axis, "group": axis, "block": axis}[scheme.granularity]
+        block = scheme.granularity == "block"
+        self.size = scheme.group[-1] if scheme.group else self.shape[self.along]
+        self.high = scheme.group[0] if block else 1
+        self.local = bool(scheme.group) or (scheme.granularity == "channel" and self.along == 1)
+        self.shared = scheme.scale is not None and scheme.scale.name == "f8e4m3"
+        count = -(-self.shape[self.along] // self.size) if scheme.group else 1
+        other = -(-self.shape[1 - self.along] // self.high)
+        whole = (count, other) if self.along == 0 else (other, count)
         none = np.zeros((1, 1) if scheme.granularity == "tensor" else whole)
         self.scale, self.zero = affine_params(none, none, scheme, weight.dtype)
         self.zero_groups = none == 0
         self.floor = None if floor is None else floor.astype(np.float64).reshape(none.shape)
         self.reader = Reader(weight)
         self.tiles = list(tiles(self.shape, *self._steps()))
-        self.codes = np.empty((cols, rows) if transpose else (rows, cols), scheme.dtype.storage)
+        self.integer = scheme.dtype.is_integer
+        self.codes = np.empty(
+            (cols, rows) if transpose else (rows, cols), scheme.dtype.storage if self.integer else np.uint8
+        )
         self.sums = np.zeros((len(self.tiles), 2))
         self.bad = np.zeros(len(self.tiles), np.int64)
 
     def run(self) -> None:
-        if self.local:
+        if self.local and not self.shared:
             self._each(self.tiles, self._local)
             self._refuse_bad()
         else:
-            self._whole_params()
+            if self.local:
+                self._shared_params()
+            else:
+                self._whole_params()
             self._each(self.tiles, lambda tile, buffers: self._encode(self._read(tile, buffers), tile, buffers))
 
     def result(self) -> RtnResult:
@@ -125,9 +144,8 @@ class _Job:
             out = params.reshape(shape)
             return np.ascontiguousarray(out.T) if self.transpose and out.ndim == 2 else out
 
-        return RtnResult(
-            self.codes, shaped(self.scale), None if self.zero is None else shaped(self.zero), self._stats()
-        )
+        codes = self.codes.view(self.scheme.dtype.storage)
+        return RtnResult(codes, shaped(self.scale), None if self.zero is None else shaped(self.zero), self._stats())
 
     def _stats(self) -> dict[str, Any]:
         total, error = self.sums.sum(axis=0)
@@ -150,18 +168,21 @@ class _Job:
         cols = self.shape[1]
         if self.along == 0:
             unit = self.size if self.local else CHUNK
-            wide = max(1, min(cols, max(TILE // unit, COLUMNS)))
+            wide = _multiple(max(1, min(cols, max(TILE // unit, COLUMNS))), self.high)
             return max(1, TILE // (unit * wide)) * unit, wide
-        wide = cols if self.scheme.granularity == "channel" else min(cols, max(TILE // self.size, 1) * self.size)
-        return max(1, TILE // max(wide, 1)), max(wide, 1)
+        most = max(TILE // (max(self.size, 1) * self.high), 1) * self.size
+        wide = cols if self.scheme.granularity == "channel" else min(cols, most)
+        return _multiple(max(1, TILE // max(wide, 1)), self.high), max(wide, 1)
 
     def _params(self, tile: Tile) -> Region:
         """Where the parameters of a tile's groups are."""
         if self.scheme.granularity == "tensor":
             return slice(0, 1), slice(0, 1)
-        along = (tile.rows, tile.cols)[self.along]
+        along, other = (tile.rows, tile.cols) if self.along == 0 else (tile.cols, tile.rows)
         groups = slice(along.start // self.size, -(-along.stop // self.size))
-        return (groups, tile.cols) if self.along == 0 else (tile.rows, groups)
+        if self.high > 1:
+            other = slice(other.start // self.high, -(-other.stop // self.high))
+        return (groups, other) if self.along == 0 else (other, groups)
 
     def _each(self, tasks: list[Any], step: Callable[[Any, Buffers], None]) -> None:
         largest = max((t.shape[0] * t.shape[1] for t in self.tiles), default=0)
@@ -190,7 +211,7 @@ class _Job:
     def _local(self, tile: Tile, buffers: Buffers) -> None:
         """Parameters and codes of a tile that holds whole groups."""
         x = self._read(tile, buffers)
-        lo, hi = self._extreme(np.minimum, x), self._extreme(np.maximum, x)
+        lo, hi = self._ranges(x)
         if not self._finite(x, lo, hi, tile):
             return
         where = self._params(tile)
@@ -198,6 +219,29 @@ class _Job:
             lo, hi = self._searched(x, lo, hi)
         self._set_params(where, lo, hi)
         self._encode(x, tile, buffers)
+
+    def _ranges(self, x: Array) -> tuple[Floats, Floats]:
+        """Minimum and maximum of each group or block of a tile of whole ones."""
+        lo, hi = self._extreme(np.minimum, x), self._extreme(np.maximum, x)
+        if self.high > 1:
+            starts = np.arange(0, lo.shape[1 - self.along], self.high)
+            lo = np.minimum.reduceat(lo, starts, axis=1 - self.along)
+            hi = np.maximum.reduceat(hi, starts, axis=1 - self.along)
+        return lo, hi
+
+    def _shared_params(self) -> None:
+        """Ranges of all the groups, then their parameters, whose common factor is of all of them."""
+        lo, hi = np.zeros(self.scale.shape), np.zeros(self.scale.shape)
+
+        def ranges(tile: Tile, buffers: Buffers) -> None:
+            x = self._read(tile, buffers)
+            where = self._params(tile)
+            lo[where], hi[where] = self._ranges(x)
+            self._finite(x, lo[where], hi[where], tile)
+
+        self._each(self.tiles, ranges)
+        self._refuse_bad()
+        self._set_params((slice(None), slice(None)), lo, hi)
 
     def _whole_params(self) -> None:
         """Ranges of groups that span tiles, then (for ``mse``) their errors, then the parameters."""
@@ -286,9 +330,24 @@ class _Job:
         """Codes of a tile whose parameters are known, and its sums. ``x``, a buffer, is overwritten."""
         where, work = self._params(tile), self.reader.work
         steps, codes = x, buffers.floats(1, tile.shape)
+        scale = self.scale[where] if self.high == 1 else self._each_row(self.scale[where], tile)
         zero = None if self.zero is None else self.zero[where].astype(work)
-        self._broadcast(np.divide, x, self.scale[where].astype(work), steps)
+        if zero is not None and self.high > 1:
+            zero = self._each_row(zero, tile)
+        self._broadcast(np.divide, x, scale.astype(work), steps)
         squares = self._squares(steps)
+        if not self.integer:
+            narrow = buffers.codes(tile.shape)
+            encode(steps, self.scheme.dtype, codes, narrow)
+            self._store(narrow, tile)
+        else:
+            self._integers(steps, codes, zero, tile, buffers)
+        np.subtract(steps, codes, out=steps)
+        weights = np.square(scale.astype(np.float64))
+        self.sums[tile.number] = np.sum(squares * weights), np.sum(self._squares(steps) * weights)
+
+    def _integers(self, steps: Array, codes: Array, zero: Array | None, tile: Tile, buffers: Buffers) -> None:
+        """Integer codes of ``steps``; what they stand for, in steps, goes to ``codes``."""
         if zero is not None and self.scheme.zero == "float":
             self._broadcast(np.add, steps, zero, steps)
             zero = None
@@ -299,14 +358,23 @@ class _Job:
         if self.transpose:
             narrow = buffers.codes(tile.shape)
             np.copyto(narrow, codes, casting="unsafe")
-            np.copyto(self.codes[tile.cols, tile.rows], narrow.T)
+            self._store(narrow, tile)
         else:
-            np.copyto(self.codes[tile.rows, tile.cols], codes, casting="unsafe")
+            self._store(codes, tile)
         if zero is not None:
             self._broadcast(np.subtract, codes, zero, codes)
-        np.subtract(steps, codes, out=steps)
-        weights = np.square(self.scale[where].astype(np.float64))
-        self.sums[tile.number] = np.sum(squares * weights), np.sum(self._squares(steps) * weights)
+
+    def _store(self, codes: Array, tile: Tile) -> None:
+        if self.transpose:
+            np.copyto(self.codes[tile.cols, tile.rows], codes.T)
+        else:
+            np.copyto(self.codes[tile.rows, tile.cols], codes, casting="unsafe")
+
+    def _each_row(self, params: Array, tile: Tile) -> Array:
+        """Parameters of blocks, once for each row (column) of a tile."""
+        out: Array = np.repeat(params, self.high, 1 - self.along)
+        length = tile.shape[1 - self.along]
+        return out[:, :length] if self.along == 0 else out[:length]
 
     def _broadcast(self, op: np.ufunc, a: Array, params: Array, out: Array) -> None:
         """``op`` of each element of a tile and the parameter of its group."""

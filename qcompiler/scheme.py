@@ -6,8 +6,13 @@ scheme has no zero point; ``dynamic`` parameters are computed at run time from e
 The laws that :meth:`Scheme.validate` enforces, and only these:
   - ``group`` granularity has a group size that is a power of two in 16..1024; no other granularity has one
     (``block`` has two sizes).
-  - ``token`` granularity is dynamic; ``dynamic`` is tensor or token.
+  - ``token`` granularity is dynamic; ``dynamic`` is tensor, token or blocks of one row, ``b1xM``.
   - float and codebook codes are symmetric; a float zero point needs integer codes.
+  - scales have the dtype of the tensor. ``scale=`` names a narrower type that they are values of, with the group size
+    of its standard: ``f8e8m0`` (powers of two) for float codes in groups of 32, as OCP Microscaling Formats v1.0;
+    ``f8e4m3`` (times a power of two for the whole tensor) for f4e2m1 codes in groups of 16, as NVFP4.
+
+A block ``bNxM`` is N output features by M along the reduction axis, whatever the orientation of the matrix.
 
 ``axis`` is the axis along which groups run (the reduction axis K of a weight), or the channel axis for ``channel``.
 It belongs to the tensor at hand, not to the text that a user writes, so a recipe never spells it.
@@ -19,16 +24,25 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from qcompiler.dtypes import DType, dtype
+from qcompiler.dtypes import TABLE, DType, dtype
 from qcompiler.errors import RecipeError
 
 Granularity = Literal["tensor", "channel", "group", "block", "token"]
 ZeroKind = Literal["none", "int", "float"]
 
+SCALES: dict[str, tuple[tuple[str, ...], int, str]] = {
+    "f8e8m0": (("f4e2m1", "f8e4m3", "f8e5m2"), 32, "OCP Microscaling Formats"),
+    "f8e4m3": (("f4e2m1",), 16, "NVFP4"),
+}
+"""Scale type -> the codes it goes with, their group size, and the standard that says so."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A quantization scheme. ``value = (code - zero) * scale`` for integer codes."""
+    """A quantization scheme. ``value = (code - zero) * scale`` for integer codes, ``code * scale`` for float ones.
+
+    Codes of a codebook (``nf4``) are indices of its table: ``value = table[code] * scale``.
+    """
 
     dtype: DType
     granularity: Granularity = "tensor"
@@ -37,6 +51,7 @@ class Scheme:
     axis: int | None = None
     dynamic: bool = False
     zero: ZeroKind = "none"
+    scale: DType | None = None
 
     def __post_init__(self) -> None:
         if not self.symmetric and self.zero == "none":
@@ -56,12 +71,28 @@ class Scheme:
             raise RecipeError(f"{text}: granularity {self.granularity} takes no group size")
         if self.granularity == "token" and not self.dynamic:
             raise RecipeError(f"{text}: per-token parameters exist only at run time; add the word 'dynamic'")
-        if self.dynamic and self.granularity not in ("tensor", "token"):
-            raise RecipeError(f"{text}: dynamic quantization is per tensor or per token")
+        rows = self.granularity == "block" and self.group[0] == 1
+        if self.dynamic and self.granularity not in ("tensor", "token") and not rows:
+            raise RecipeError(f"{text}: dynamic quantization is per tensor or per token, or in blocks b1xM of a row")
         if not self.symmetric and not self.dtype.is_integer:
             raise RecipeError(f"{text}: {self.dtype} codes have no zero point; write 'sym'")
         if self.symmetric != (self.zero == "none"):
             raise RecipeError(f"{text}: a zero point belongs to an asymmetric scheme, and only to it")
+        self._validate_scale(text)
+
+    def _validate_scale(self, text: str) -> None:
+        """The laws of a scale type."""
+        if self.scale is None:
+            return
+        law = SCALES.get(self.scale.name)
+        if law is None:
+            raise RecipeError(f"{text}: scales are f8e8m0 or f8e4m3, or, without 'scale=', of the dtype of the tensor")
+        codes, size, known = law
+        if self.dtype.name not in codes or self.group_size != size:
+            raise RecipeError(
+                f"{text}: {self.scale} scales belong to {' or '.join(codes)} codes in groups of {size} ({known}); "
+                f"write '{codes[0]} g{size} sym scale={self.scale}', or leave 'scale=' out"
+            )
 
     @property
     def bits(self) -> int:
@@ -91,6 +122,8 @@ class Scheme:
         words.append({"none": "sym", "int": "asym", "float": "asymf"}[self.zero])
         if self.dynamic:
             words.append("dynamic")
+        if self.scale is not None:
+            words.append(f"scale={self.scale}")
         if self.axis is not None:
             words.append(f"axis={self.axis}")
         return " ".join(words)
@@ -106,7 +139,10 @@ class Scheme:
 
 
 def parse_scheme(text: str) -> Scheme:
-    """Read ``DTYPE [tensor|channel|token|gN|bNxM] [sym|asym|asymf] [dynamic] [axis=N]``; raises RecipeError."""
+    """Read ``DTYPE [tensor|channel|token|gN|bNxM] [sym|asym|asymf] [dynamic] [scale=TYPE] [axis=N]``.
+
+    Raises RecipeError that names the word or the law that is broken.
+    """
     words = text.split()
     if not words:
         raise RecipeError("an empty scheme; write for example 'int4 g128 asym'")
@@ -118,6 +154,7 @@ def parse_scheme(text: str) -> Scheme:
     group: tuple[int, ...] = ()
     symmetric, dynamic, axis = True, False, None
     zero: ZeroKind = "none"
+    scale: DType | None = None
     for word in words[1:]:
         if word in ("tensor", "channel", "token"):
             granularity = word  # type: ignore[assignment]  # narrowed by the tuple above
@@ -133,9 +170,11 @@ def parse_scheme(text: str) -> Scheme:
             dynamic = True
         elif m := re.fullmatch(r"axis=(-?\d+)", word):
             axis = int(m[1])
+        elif word.removeprefix("scale=") in TABLE and word.startswith("scale="):
+            scale = TABLE[word.removeprefix("scale=")]
         else:
             raise RecipeError(
                 f"scheme {text!r}: unknown word {word!r}; "
-                "known: tensor, channel, token, gN, bNxM, sym, asym, asymf, dynamic, axis=N"
+                "known: tensor, channel, token, gN, bNxM, sym, asym, asymf, dynamic, scale=f8e8m0|f8e4m3, axis=N"
             )
-    return Scheme(element, granularity, symmetric, group, axis, dynamic, zero)
+    return Scheme(element, granularity, symmetric, group, axis, dynamic, zero, scale)

@@ -16,8 +16,10 @@ The canonical forms (scales and zeros broadcast over their group; ``value = (cod
 
 Results of ``q.linear_static`` and ``q.matmul`` are codes where they have a ``y_scheme``, else floats. A convolution's
 scales are ``[O]`` or ``[]``; ``q.apply`` and the convolutions keep the attributes of the ONNX op that they stand for.
-``G`` is ``ceil(K / group)``, 1 for channel; a tensor scheme has scales ``[1, 1]`` there. In quantize and dequantize the
-scale has the tensor's shape with the grouped axis divided (group), ``[C]`` (channel) or ``[]`` (tensor).
+``G`` is ``ceil(K / group)``, 1 for channel; a tensor scheme has scales ``[1, 1]`` there, blocks have one row for all
+the features of a block. In quantize and dequantize the scale has the tensor's shape with the grouped axis divided
+(group), with both axes divided (block), ``[C]`` (channel) or ``[]`` (tensor); of activations it is ``[.., 1]`` (token)
+or ``[.., ceil(K / M)]`` (blocks ``b1xM``).
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from collections.abc import Callable
 from qcompiler import integer_spec, op_spec
 from qcompiler.errors import StructureError
 from qcompiler.ir import Graph, Op, TensorType, Use, Value
-from qcompiler.op_spec import fail, scale_shape
+from qcompiler.op_spec import column_shape, fail, scale_shape
 from qcompiler.text import show_type
 
-__all__ = ["SPECS", "check", "is_float_const", "is_pure", "scale_shape"]
+__all__ = ["SPECS", "check", "column_shape", "is_float_const", "is_pure", "scale_shape"]
 
 SPECS: dict[str, Callable[[Op], None]] = op_spec.SPECS | integer_spec.SPECS
 """Op name -> the function that raises StructureError where an op of that name breaks a law."""

@@ -240,7 +240,7 @@ def test_activations_saturate_at_infinity_and_have_no_nan() -> None:
         (lambda x, s, c: numerics.quantize(x, s, None, parse_scheme("int8 asym")), "a zero point .* got none"),
         (lambda x, s, c: numerics.quantize(c, s, None, parse_scheme("int8 sym")), "only floats are quantized"),
         (lambda x, s, c: numerics.choose_qparams(c, parse_scheme("int8 sym")), "only floats are quantized"),
-        (lambda x, s, c: numerics.choose_qparams(x, parse_scheme("nf4 sym")), "not nf4"),
+        (lambda x, s, c: numerics.choose_qparams(x, parse_scheme("f16 sym")), "not f16"),
         (lambda x, s, c: numerics.choose_qparams(x, parse_scheme("int16 sym")), "not int16"),
         (
             lambda x, s, c: numerics.quantize(x, s[None], None, scheme_of("int8 channel sym", 0)),

@@ -358,7 +358,7 @@ def test_nan_and_infinity_are_counted_over_all_tiles(text: str, element: DType, 
     [
         (np.zeros((2, 3, 4), np.float32), "int4 g32 sym", 1, r"only float matrices .* not f32\[2, 3, 4\]"),
         (np.zeros((2, 3), np.int8), "int4 g32 sym", 1, r"only float matrices .* not int8\[2, 3\]"),
-        (np.zeros((2, 3), np.float32), "nf4 g64 sym", 1, "not nf4"),
+        (np.zeros((2, 3), np.float32), "f16 channel sym", 1, "not f16"),
         (-np.ones((2, 3), np.float32), "uint4 g32 sym", 1, "values down to -1 have no code in uint4"),
     ],
 )

@@ -34,6 +34,7 @@ FLOORS: dict[str, int] = {
     "qcompiler.smoothing": 1,
     "qcompiler.migration": 1,
     "qcompiler.clipping": 1,
+    "qcompiler.float_codes": 1,
     "qcompiler.rewrite": 1,
     "qcompiler.sites": 1,
     "qcompiler.spec": 1,
