@@ -1,0 +1,84 @@
+"""Small kernels, each broken in one way that a proof must catch, and a good twin for each.
+
+All multiply ``x`` [M, K] by weights in 8-bit codes [N, K] with a scale per group of ``BK`` along K: y = x @ (q * s)^T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from qcompiler.backends.triton.claims import Claim, fake
+from qcompiler.backends.triton.launching import launch
+
+M, N, K = 64, 1024, 1024
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr, codes_ptr, scales_ptr, scratch_ptr, y_ptr, m, n, k,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BROKEN: tl.constexpr,
+):  # fmt: skip
+    """Right with ``BROKEN`` 0; 1: products on CUDA cores; 2: the dequantized tile goes through memory; 3: it is stored to
+    the output before the sum; 4: the order of codes makes their loads narrow."""
+    rm = tl.program_id(0) * BM + tl.arange(0, BM)
+    rn = tl.program_id(1) * BN + tl.arange(0, BN)
+    rk = tl.arange(0, BK)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for step in range(0, tl.cdiv(k, BK)):
+        at = step * BK + rk
+        x = tl.load(x_ptr + rm[None, :] * k + at[:, None])
+        place = rn[:, None] * k + at[None, :]
+        if BROKEN == 4:
+            place = at[None, :] * n * 3 + rn[:, None] * 3
+        q = tl.load(codes_ptr + place)
+        w = q.to(tl.float16) * tl.load(scales_ptr + step * n + rn)[:, None]
+        if BROKEN == 2:
+            tl.store(scratch_ptr + rn[:, None] * k + at[None, :], w)
+        if BROKEN == 3:
+            tl.store(y_ptr + rn[:, None] * k + at[None, :], w)
+        if BROKEN == 1:
+            acc += tl.sum(w[:, :, None].to(tl.float32) * x[None, :, :].to(tl.float32), axis=1)
+        else:
+            acc += tl.dot(w, x)
+    tl.store(y_ptr + rm[None, :] * n + rn[:, None], acc.to(tl.float16))
+
+
+def linear(broken: int, bm: int, bn: int, bk: int, warps: int, stages: int) -> Callable[[], torch.Tensor]:
+    """A launcher on fake tensors."""
+
+    def run() -> torch.Tensor:
+        x = fake((M, K), torch.float16)
+        codes = fake((N, K), torch.int8)
+        scales = fake((K // bk, N), torch.float16)
+        scratch, y = fake((N, K), torch.float16), fake((M, N), torch.float16)
+        launch(
+            linear_kernel, (max(1, M // bm), N // bn), x, codes, scales, scratch, y, M, N, K,
+            BM=bm, BN=bn, BK=bk, BROKEN=broken, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        return y
+
+    return run
+
+
+def claim(broken: int = 0, bm: int = 64, bn: int = 64, bk: int = 64, warps: int = 4, stages: int = 3) -> Claim:
+    """What the good twin claims, of a kernel that may be broken."""
+    case = f"broken={broken} {bm}x{bn}x{bk} w{warps} s{stages}"
+    run = linear(broken, bm, bn, bk, warps, stages)
+    return Claim("test/linear", case, run, "f16", wide=frozenset({"codes_ptr"}), loop_weights=bn * bk)
+
+
+GOOD = claim()
+BROKEN = {
+    "spill": claim(bm=256, bn=256, warps=4, stages=2),
+    "CUDA cores": claim(1, bm=16, bn=16, bk=16, stages=1),
+    "scratch": claim(2),
+    "output before the sum": claim(3),
+    "shared": claim(bm=128, bn=128, bk=256, warps=8, stages=5),
+    "narrow": claim(4),
+    "forgotten": replace(GOOD, wide=frozenset({"codes_ptr", "zeros_ptr"})),
+}
