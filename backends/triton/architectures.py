@@ -35,9 +35,7 @@ ARCHITECTURES: dict[int, Architecture] = {
         Architecture(80, 166912, 108, {"f16": _HMMA, "i8": _IMMA}),
         Architecture(86, 101376, 84, {"f16": _HMMA, "i8": _IMMA}),
         Architecture(89, 101376, 142, {"f16": _HMMA, "i8": _IMMA, "f8": _QMMA}),
-        Architecture(
-            90, 232448, 132, {"f16": ("HGMMA", "HMMA"), "i8": ("IGMMA", "IMMA"), "f8": ("QGMMA", "QMMA")}
-        ),
+        Architecture(90, 232448, 132, {"f16": ("HGMMA", "HMMA"), "i8": ("IGMMA", "IMMA"), "f8": ("QGMMA", "QMMA")}),
         Architecture(
             100,
             232448,

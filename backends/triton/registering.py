@@ -15,9 +15,7 @@ NAMESPACE = "qcompiler"
 _LIBRARY: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def register(
-    schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], cuda: Callable[..., Any]
-) -> None:
+def register(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], cuda: Callable[..., Any]) -> None:
     """Register ``qcompiler::<schema>``.
 
     ``reference`` runs on CPU tensors and needs torch alone; ``fake`` gives empty results of the right type and shape and

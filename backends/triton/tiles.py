@@ -62,7 +62,9 @@ def read_table(text: str) -> Table:
             for kernel, entries in found["kernels"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"a table of tiles cannot be read ({type(e).__name__}: {e}); remove it or tune again") from None
+        raise InputError(
+            f"a table of tiles cannot be read ({type(e).__name__}: {e}); remove it or tune again"
+        ) from None
 
 
 def write_table(table: Table, about: str) -> str:
