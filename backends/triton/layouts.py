@@ -13,6 +13,8 @@ in ``bits`` consecutive words. With S = 8 / bits (4, 2, 1 for 2, 4, 8 bits)::
 where c < 4, h < bits, s < S, hi < 2, lo < 2: the two columns of a register's halves are 16 bits apart, so that a shift
 and a mask give both at once. 4 bits: 16 bytes a lane, one load; 8 bits: two loads of 16 bytes; 2 bits: one of 8.
 
+Within the words of 4-bit floats and of NF4 the bits are then permuted (``layouts_float``), which the kernels undo.
+
 Integers are stored unsigned, plus their form's shift. Padding holds the shift, whose value is 0 where there are no zero
 points; its scales are 0, and kernels take activations beyond K as 0.
 
@@ -30,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompiler.backends.triton.forms import Form, form_called
+from qcompiler.backends.triton.layouts_float import arrange, restore
 from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
 
@@ -85,6 +88,7 @@ def pack_codes(codes: Array, form: str) -> NDArray[np.int32]:
         np.add(taken.view(np.uint8), np.uint8(known.shift), out=part[: len(taken), :k])
         for bit, columns in _columns(part, known):
             out[:, start:stop] |= columns.astype(np.uint32) << np.uint32(bit)
+        out[:, start:stop] = arrange(out[:, start:stop], form)
     return out.reshape(tiles, rows, words).view(np.int32)
 
 
@@ -101,8 +105,9 @@ def unpack_codes(fragments: NDArray[np.int32], form: str, n: int, k: int) -> Arr
     out = np.empty((n, k), np.uint8)
     for start, stop in _spans(rows, tiles * TILE):
         part = np.empty((stop - start, tiles * TILE), np.uint8)
+        natural = restore(held[:, start:stop], form)
         for bit, columns in _columns(part, known):
-            columns[...] = (held[:, start:stop] >> np.uint32(bit)) & np.uint32((1 << known.bits) - 1)
+            columns[...] = (natural >> np.uint32(bit)) & np.uint32((1 << known.bits) - 1)
         taken = out[start:stop]
         np.subtract(part[: len(taken), :k], np.uint8(known.shift), out=taken)
     return out.view(_STORAGE[form])
