@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-HOME = "qcompiler.backends.torch.ops"
-"""The module that registers the operators; its import needs torch and loads nothing else of weight."""
+HOMES = ("qcompiler.backends.torch.ops", "qcompiler.backends.triton.ops")
+"""The modules that register the operators; their import needs torch and loads nothing else of weight."""
 
 
 def wait_for_torch() -> None:
@@ -26,7 +26,7 @@ def wait_for_torch() -> None:
         _wait()
     elif not getattr(getattr(torch, "__spec__", None), "_initializing", False):
         _register()
-    # else torch imports us while it loads; what of ours calls an operator imports HOME by itself
+    # else torch imports us while it loads; what of ours calls an operator imports its home by itself
 
 
 def _wait() -> None:
@@ -38,7 +38,8 @@ def _register() -> None:
     from importlib import import_module
 
     try:
-        import_module(HOME)
+        for home in HOMES:
+            import_module(home)
     except Exception as e:  # a fault of ours must not break the import of torch
         import warnings
 

@@ -61,16 +61,16 @@ class Request:
 class KernelRow:
     """One kernel: which requests it serves, on which chips, at which M, and how it is written down.
 
-    ``codes`` are dtype names, ``groups`` the group sizes it takes, ``zeros`` the kinds of zero point, ``scales`` the
-    types that scales are kept in (``float``: that of the weight), ``needs`` the chip features, ``m_max`` the largest M
-    at which it does not materialise the dequantized weight (None: any), ``session`` the runtime's session keys (name,
-    value) without which the kernel is not taken. Where several kernels share an entry point, each serves M from
+    ``codes`` are dtype names, ``groups`` the group sizes it takes, ``blocks`` the sizes of blocks, ``zeros`` the kinds of
+    zero point, ``scales`` the types that scales are kept in (``float``: that of the weight), ``needs`` the chip
+    features, ``m_max`` the largest M at which it does not materialise the dequantized weight (None: any), ``session``
+    the runtime's session keys (name, value) without which the kernel is not taken. Where several kernels share an entry point, each serves M from
     ``m_min`` to ``m_max`` and ``hands_over`` what is above to the row of that name. ``epilogues`` are what it computes
     behind the product before it rounds: ``bias``, ``mul``, ``residual``, and functions.
 
     Kernels that compute on codes of activations: ``x_codes`` and ``y_codes`` are the code types of the activation and
     of the result (``float`` among the latter: a float result), ``x_zeros`` the kinds of zero point of the activation,
-    ``x_granularities`` what shares one of its scales; ``dynamic`` kernels choose the activation's parameters
+    ``x_granularities`` what shares one of its scales (``x_blocks`` of which sizes); ``dynamic`` kernels choose the activation's parameters
     themselves. ``one_zero``: one zero point serves all channels.
     ``fns``: the functions of a ``q.apply``; ``traits``: what it does beyond the plain case; ``opset``: the oldest that
     has its node. ``slower``: (activation, M, share): from M rows on it reaches that share of the speed of the float op
@@ -110,6 +110,8 @@ class KernelRow:
     x_granularities: frozenset[str] = frozenset({"tensor"})
     epilogues: frozenset[str] = frozenset()
     scales: frozenset[str] = frozenset({"float"})
+    blocks: frozenset[tuple[int, int]] = frozenset()
+    x_blocks: frozenset[tuple[int, int]] = frozenset()
 
     def serves_rows(self, m: int) -> bool:
         """False where M rows are for another kernel of the same entry point."""
@@ -139,12 +141,14 @@ class KernelRow:
         elif s.group_size is not None and s.group_size not in self.groups:
             known = ", ".join(map(str, sorted(self.groups)))
             out.append(Reason("QC202", f"{self.name} takes groups of {known}, not {s.group_size}", f"use g{known}"))
+        elif s.granularity == "block" and s.group not in self.blocks:
+            out.append(_blocks(self.name, "weights", s, self.blocks))
         if s.zero not in self.zeros:
             word = {"none": "symmetric codes", "int": "integer zero points", "float": "float zero points"}[s.zero]
             out.append(Reason("QC204", f"{self.name} does not take {word} without expanding the weight", "use 'sym'"))
         if (kept := "float" if s.scale is None else s.scale.name) not in self.scales:
             known = " or ".join(sorted(self.scales))
-            out.append(Reason("QC201", f"{self.name} takes {known} scales, not {kept}", f"use {known} scales"))
+            out.append(Reason("QC202", f"{self.name} takes {known} scales, not {kept}", f"use {known} scales"))
         if request.activation.name not in self.activations:
             known = ", ".join(sorted(self.activations))
             fix = f"export the model in one of {known}"
@@ -197,7 +201,7 @@ class KernelRow:
     def _nearest(self, x: Scheme) -> str:
         """The scheme of an activation that it takes, as near to ``x`` as may be."""
         name = x.dtype.name if x.dtype.name in self.x_codes else min(self.x_codes, default=x.dtype.name)
-        per = x.granularity if x.granularity in self.x_granularities else min(self.x_granularities)
+        per = next((g for g in ("tensor", "token") if g in self.x_granularities), "tensor")
         zero = "asym" if "int" in self.x_zeros and not dtype(name).is_float else "sym"
         return f"{name} {per} {zero}{' dynamic' if self.dynamic else ''}"
 
@@ -207,6 +211,8 @@ class KernelRow:
             known = " or ".join(sorted(self.x_granularities))
             message = f"{self.name} scales activations per {known}, not per {x.granularity}"
             out.append(Reason("QC201", message, f"the nearest is '{self._nearest(x)}'"))
+        elif x.granularity == "block" and x.group not in self.x_blocks:
+            out.append(_blocks(self.name, "activations", x, self.x_blocks))
         if x.dynamic != self.dynamic:
             does, asks = ("dynamic", "static") if self.dynamic else ("static", "dynamic")
             fix = f"make activations {does}"
@@ -219,6 +225,12 @@ class KernelRow:
             fix = f"use '{x.dtype} tensor {'asym' if 'int' in self.x_zeros else 'sym'}'"
             out.append(Reason("QC204", f"{self.name} does not take activations {word[x.zero]}", fix))
         return out
+
+
+def _blocks(name: str, what: str, scheme: Scheme, known: Iterable[tuple[int, int]]) -> Reason:
+    told = ", ".join(f"b{n}x{k}" for n, k in sorted(known)) or "no blocks"
+    given = "x".join(map(str, scheme.group))
+    return Reason("QC202", f"{name} scales {what} in {told}, not in b{given}", f"use {told}")
 
 
 @dataclass(frozen=True, slots=True)

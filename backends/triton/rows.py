@@ -70,6 +70,7 @@ def takes(form: Form) -> dict[str, frozenset[Any]]:
         "groups": WIDE_GROUPS,
         "zeros": frozenset({"none", "int", "float"} if form.kind == "integer" else {"none"}),
         "scales": frozenset({"float"} | ({"f8e8m0"} if wide else set())),
+        "blocks": frozenset({(128, 128)} if wide else set()),
     }
 
 
@@ -99,7 +100,7 @@ def _weight_only(form: Form) -> tuple[KernelRow, KernelRow]:
 
 def _gather() -> KernelRow:
     forms = [takes(f) for f in FORMS.values() if f.name != "nvfp4"]
-    every = {key: frozenset().union(*(f[key] for f in forms)) for key in forms[0]}
+    every = {key: frozenset[Any]().union(*(f.get(key, ()) for f in forms)) for key in takes(FORMS["f8e4m3"])}
     return KernelRow(
         row_name("gather"),
         "q.embedding",

@@ -24,7 +24,7 @@ import qcompiler
 from qcompiler import operators
 assert "torch" not in sys.modules
 assert importlib.util.find_spec("torch").loader.get_filename("torch").endswith("__init__.py")
-operators.HOME = "qcompiler.no_such_module"
+operators.HOMES = ("qcompiler.no_such_module",)
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     import torch
