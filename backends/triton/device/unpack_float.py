@@ -2,14 +2,15 @@
 
 A *pair* is an int32 with two float16 or bfloat16, the lower column in the low half. ``INDEX`` says which pair of a word:
 ``hi + 2 s`` of the order in :mod:`qcompiler.backends.triton.layouts`; the words of 4-bit forms are arranged as
-:mod:`qcompiler.backends.triton.layouts_float` says. ``ASM`` chooses PTX; without it the same integers are computed in
-plain Triton, for the interpreter.
+:mod:`qcompiler.backends.triton.layouts_float` says. In the interpreter the same integers are
+computed without PTX.
 """
 
 import triton
 import triton.language as tl
 
 from qcompiler.backends.triton import layouts_float
+from qcompiler.backends.triton.device.pairs import ASM, BOTH, multiply_pairs
 
 _TABLES = {bf16: layouts_float.prmt_tables(layouts_float.nf4_bits(bf16)) for bf16 in (False, True)}
 _FACTOR = int(layouts_float.NF4_FACTOR.view("uint16"))
@@ -34,46 +35,23 @@ _NF4_FACTOR = tl.constexpr(_FACTOR)
 
 
 @triton.jit
-def times(pair, FACTOR: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
-    """A pair times the 16-bit float whose bits are ``FACTOR``, rounded to nearest, subnormals kept."""
-    if ASM:
-        both: tl.constexpr = FACTOR * 65537
-        if BF16:  # sm_80 has no product of bfloat16 but in a sum; minus zero keeps the sign of a zero
-            return tl.inline_asm_elementwise(
-                "fma.rn.bf16x2 $0, $1, $2, $3;",
-                "=r,r,r,r",
-                [pair, both, 0x80008000],
-                dtype=tl.int32,
-                is_pure=True,
-                pack=1,
-            )
-        return tl.inline_asm_elementwise(
-            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [pair, both], dtype=tl.int32, is_pure=True, pack=1
-        )
-    words = pair.to(tl.uint32, bitcast=True)
-    if BF16:  # powers of two: exact
-        factor = tl.full([1], FACTOR << 16, tl.uint32).to(tl.float32, bitcast=True)
-        low = ((words << 16).to(tl.float32, bitcast=True) * factor).to(tl.uint32, bitcast=True)
-        high = ((words & 0xFFFF0000).to(tl.float32, bitcast=True) * factor).to(tl.uint32, bitcast=True)
-        return ((low >> 16) | (high & 0xFFFF0000)).to(tl.int32, bitcast=True)
-    factor = tl.full([1], FACTOR, tl.uint16).to(tl.float16, bitcast=True)
-    low = (words.to(tl.uint16).to(tl.float16, bitcast=True) * factor).to(tl.uint16, bitcast=True).to(tl.uint32)
-    high = ((words >> 16).to(tl.uint16).to(tl.float16, bitcast=True) * factor).to(tl.uint16, bitcast=True)
-    return (low | (high.to(tl.uint32) << 16)).to(tl.int32, bitcast=True)
+def float_pair(words, INDEX: tl.constexpr, FORM: tl.constexpr, BF16: tl.constexpr):
+    """Pair ``INDEX`` of int32 ``words`` as int32: the exact values of a float form's codes, those of nf4 rounded."""
+    if FORM == "nf4":
+        return _nf4_pair(words, INDEX, BF16)
+    elif FORM == "f8e4m3":
+        return _e4m3_pair(words, INDEX, BF16)
+    elif FORM == "f8e5m2":
+        return _e5m2_pair(words, INDEX, BF16)
+    else:
+        tl.static_assert(FORM == "f4e2m1" or FORM == "mxfp4" or FORM == "nvfp4", "a form without floats")
+        return _times(raw_e2m1(words, INDEX, BF16), 0x7E80 if BF16 else 0x7400, BF16)
 
 
 @triton.jit
-def float_pair(words, INDEX: tl.constexpr, FORM: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
-    """Pair ``INDEX`` of int32 ``words`` as int32: the exact values of a float form's codes, those of nf4 rounded."""
-    if FORM == "nf4":
-        return _nf4_pair(words, INDEX, BF16, ASM)
-    elif FORM == "f8e4m3":
-        return _e4m3_pair(words, INDEX, BF16, ASM)
-    elif FORM == "f8e5m2":
-        return _e5m2_pair(words, INDEX, BF16, ASM)
-    else:
-        tl.static_assert(FORM == "f4e2m1" or FORM == "mxfp4" or FORM == "nvfp4", "a form without floats")
-        return times(raw_e2m1(words, INDEX, BF16), 0x7E80 if BF16 else 0x7400, BF16, ASM)
+def _times(pair, FACTOR: tl.constexpr, BF16: tl.constexpr):
+    """A pair times the positive 16-bit float whose bits are ``FACTOR``; subnormals count."""
+    return multiply_pairs(pair, tl.full(pair.shape, FACTOR * BOTH, tl.int32), BF16)
 
 
 @triton.jit
@@ -102,7 +80,7 @@ def raw_e2m1(words, INDEX: tl.constexpr, BF16: tl.constexpr):
 
 
 @triton.jit
-def _e4m3_pair(words, INDEX: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+def _e4m3_pair(words, INDEX: tl.constexpr, BF16: tl.constexpr):
     w = words.to(tl.uint32, bitcast=True)
     if INDEX == 0:
         w = w << 8
@@ -110,17 +88,17 @@ def _e4m3_pair(words, INDEX: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr
         pair = (w & 0x80008000) | ((w >> 4) & 0x07F007F0)
     else:
         pair = (w & 0x80008000) | ((w >> 1) & 0x3F803F80)
-    return times(pair.to(tl.int32, bitcast=True), 0x7B80 if BF16 else 0x5C00, BF16, ASM)
+    return _times(pair.to(tl.int32, bitcast=True), 0x7B80 if BF16 else 0x5C00, BF16)
 
 
 @triton.jit
-def _e5m2_pair(words, INDEX: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+def _e5m2_pair(words, INDEX: tl.constexpr, BF16: tl.constexpr):
     w = words.to(tl.uint32, bitcast=True)
     if INDEX == 0:
         w = w << 8
     if BF16:
         pair = (w & 0x80008000) | ((w >> 3) & 0x0FE00FE0)
-        return times(pair.to(tl.int32, bitcast=True), 0x7780, BF16, ASM)
+        return _times(pair.to(tl.int32, bitcast=True), 0x7780, BF16)
     return (w & 0xFF00FF00).to(tl.int32, bitcast=True)
 
 
@@ -128,7 +106,7 @@ def _e5m2_pair(words, INDEX: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr
 
 
 @triton.jit
-def picked_bytes(low, high, nibbles, ASM: tl.constexpr):
+def picked_bytes(low, high, nibbles):
     """PRMT: byte i is that of the eight of ``high:low`` which nibble i names by its low three bits; where the nibble's
     bit 3 is set, the byte's bit 7 eight times."""
     if ASM:
@@ -146,24 +124,24 @@ def picked_bytes(low, high, nibbles, ASM: tl.constexpr):
 
 
 @triton.jit
-def _plane(nibbles, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr, ASM: tl.constexpr):
+def _plane(nibbles, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr):
     """Four lookups in a table of sixteen bytes."""
-    return picked_bytes(T0, T1, nibbles, ASM) ^ picked_bytes(T2, T3, nibbles ^ 0x88888888, ASM)
+    return picked_bytes(T0, T1, nibbles) ^ picked_bytes(T2, T3, nibbles ^ 0x88888888)
 
 
 @triton.jit
-def _nf4_pair(words, INDEX: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+def _nf4_pair(words, INDEX: tl.constexpr, BF16: tl.constexpr):
     nibbles = words.to(tl.uint32, bitcast=True)
     if INDEX >= 2:
         nibbles = nibbles >> 16
     if BF16:
-        low = _plane(nibbles, _BF16_LOW_0, _BF16_LOW_1, _BF16_LOW_2, _BF16_LOW_3, ASM)
-        high = _plane(nibbles, _BF16_HIGH_0, _BF16_HIGH_1, _BF16_HIGH_2, _BF16_HIGH_3, ASM)
+        low = _plane(nibbles, _BF16_LOW_0, _BF16_LOW_1, _BF16_LOW_2, _BF16_LOW_3)
+        high = _plane(nibbles, _BF16_HIGH_0, _BF16_HIGH_1, _BF16_HIGH_2, _BF16_HIGH_3)
     else:
-        low = _plane(nibbles, _F16_LOW_0, _F16_LOW_1, _F16_LOW_2, _F16_LOW_3, ASM)
-        high = _plane(nibbles, _F16_HIGH_0, _F16_HIGH_1, _F16_HIGH_2, _F16_HIGH_3, ASM)
-    pair = picked_bytes(low, high, low * 0 + (0x7362 if INDEX % 2 else 0x5140), ASM).to(tl.int32, bitcast=True)
-    return pair if BF16 else times(pair, _NF4_FACTOR, BF16, ASM)
+        low = _plane(nibbles, _F16_LOW_0, _F16_LOW_1, _F16_LOW_2, _F16_LOW_3)
+        high = _plane(nibbles, _F16_HIGH_0, _F16_HIGH_1, _F16_HIGH_2, _F16_HIGH_3)
+    pair = picked_bytes(low, high, low * 0 + (0x7362 if INDEX % 2 else 0x5140)).to(tl.int32, bitcast=True)
+    return pair if BF16 else _times(pair, _NF4_FACTOR, BF16)
 
 
 # -- scales ------------------------------------------------------------------------------------------------------
