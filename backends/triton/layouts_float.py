@@ -10,11 +10,11 @@ multiplication by 2^126 decodes two codes exactly. The bits of pair i are stored
 constant puts them there: 0, 4 and 10 for the first three; sign and exponent of the last by 6, its mantissa by 14. Nine
 instructions give all four pairs (nibbles side by side: fifteen).
 
-*NF4*. A 16-entry table lookup in PRMT, which picks four bytes out of eight by four nibbles and, where a nibble's bit 3 is
-set, gives the picked byte's sign bit eight times. Looking up ``w`` in one table of eight and ``w ^ 0x8888`` in another,
-the exclusive or of both is a lookup in sixteen, provided the wanted bytes of nibbles j and j + 8 agree in bit 7.
+*NF4*. A 16-entry table lookup in PRMT, which picks four bytes out of eight by four nibbles and, where a nibble's bit 3
+is set, gives the picked byte's sign bit eight times. Looking up ``w`` in one table of eight and ``w ^ 0x8888`` in
+another, the exclusive or of both is a lookup in sixteen, provided the wanted bytes of nibbles j and j + 8 agree in bit 7.
 :data:`NF4_ORDER` pairs the codes so that this holds for both bytes of the table in bfloat16, and in float16 for a table
-that is multiplied by :data:`NF4_FACTOR` after it. Nibbles are stored in the order pair 0 low, pair 0 high, pair 1 low ...
+that is multiplied by :data:`NF4_FACTOR` after it. Nibbles are stored in the order pair 0 low, pair 0 high, pair 1 ...
 """
 
 from __future__ import annotations
