@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qcompiler.backends.torch.nodes import argument
+from qcompiler.backends.torch.nodes_triton import MUL, SLOTS, number_at
+from qcompiler.backends.torch.weights_triton import activation_of, among, is_ours, weight_of
 from qcompiler.dtypes import UINT8, Array
-from qcompiler.ir import Op
+from qcompiler.ir import Op, Value
 
 BF16 = 2.0**-8
 """Relative error of one rounding to bf16."""
@@ -19,6 +22,9 @@ _ROUNDED = 3.5
 
 def error_of(op: Op, operands: Sequence[Array | None]) -> Array | float:
     """The bound for a call of a kernel on these operands, absolute; 0 for other ops.
+
+    Triton's products, ``[M, N]``, round activations, and weights for large M, to 16 bits; what is multiplied behind
+    them counts, the functions there (gelu, silu) by no more than they are given.
 
     int4: ``w = (q - 8) s + z`` is at most ``8 |s| + |z|``. int8: codes are at most 128, and what is multiplied behind
     the kernel counts. Both kernels take activations rounded to bf16, multiply in bf16, and sum in f32. oneDNN's sums
@@ -39,7 +45,22 @@ def error_of(op: Op, operands: Sequence[Array | None]) -> Array | float:
             return 0.0
         bound = _ROUNDED * BF16 * 128 * x.sum(-1, keepdims=True) * inside * _behind(op)
         return bound
+    if is_ours(op) and "embedding" not in op.name:
+        return _triton(op, operands)
     return 0.0
+
+
+def _triton(op: Op, operands: Sequence[Array | None]) -> Array | float:
+    """Of a product of ours: what its factors add up to without their signs, times what it is multiplied with."""
+    known = among(op, operands)
+    x, weight = activation_of(op, known), weight_of(op, known)
+    if x is None or weight is None:
+        return 0.0
+    n = number_at(op, SLOTS[op.name.rpartition(".")[0]].n)
+    total: Array = np.abs(x) @ np.abs(weight[:n, : x.shape[1]]).T
+    mul = argument(op, MUL)
+    factor = known(mul) if isinstance(mul, Value) else None
+    return _ROUNDED * BF16 * total * (1.0 if factor is None else np.abs(factor.astype(np.float64)).reshape(-1, n))
 
 
 def _behind(op: Op) -> Array | float:

@@ -41,6 +41,8 @@ SLOTS: dict[str, Slots] = {
     A8_LINEAR: Slots("linear", 0, 2, 4, -1, 8, 9, 11),
 }
 """Operators that hold a weight, without overload."""
+BIAS, MUL, RESIDUAL = 5, 6, 7
+"""Where both linears have what is computed behind the product."""
 
 
 def tensor_at(op: Op, index: int) -> Value | None:

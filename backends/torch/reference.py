@@ -11,6 +11,9 @@ import torch
 from qcompiler.backends.torch import layouts
 from qcompiler.backends.torch.conditions import WIDTH
 from qcompiler.backends.torch.nodes import INT4, INT8, LowBit, argument
+from qcompiler.backends.torch.nodes_triton import BIAS, MUL, RESIDUAL, SLOTS
+from qcompiler.backends.torch.payload import TorchPayload
+from qcompiler.backends.torch.weights_triton import activation_of, is_ours, weight_of
 from qcompiler.dtypes import Array
 from qcompiler.ir import Value
 
@@ -20,6 +23,8 @@ ACTIVATIONS = 64
 """Rows of the activation that are compared."""
 CONVOLUTION = 1 << 28
 """Products of a convolution above which it is not compared."""
+TABLE = 1 << 26
+"""Elements of a table above which a lookup in it is not compared."""
 WRONG = 0.02
 """Relative root mean square error of wrong numbers. Rounding weights, sums and results to bf16 gives 2^-9 each, which
 is 0.6 % together; codes of another layout give 100 %."""
@@ -44,6 +49,8 @@ class Reference:
             return _integer(node, known, result)
         elif node.call == "qcompiler.qconv":
             return _convolution(node, known, result)
+        elif is_ours(node.op):
+            return _triton(node, known, result)
         else:
             return None
         x = known.get(node.x) if node.x is not None else None
@@ -128,6 +135,50 @@ def _convolution(node: LowBit, known: Mapping[Value, Any], result: torch.Tensor)
         y_scale, y_zero = given(10), given(11)
         wanted = torch.clamp(torch.round(wanted / y_scale) + y_zero, 0, 255)
     return _relative(wanted.numpy(), result[:1])
+
+
+def _triton(node: LowBit, known: Mapping[Value, Any], result: torch.Tensor) -> float | None:
+    """Our own products, the first :data:`ROWS` features of the first :data:`ACTIVATIONS` rows, and lookups."""
+
+    def array(value: Value) -> Array | None:
+        found = known.get(value)
+        if not isinstance(found, torch.Tensor):
+            return None
+        return TorchPayload(found).array()
+
+    got = result.reshape(-1, result.shape[-1])[:ACTIVATIONS].cpu()
+    index = argument(node.op, 0)
+    if node.kind == "embedding":
+        asked = known.get(index) if isinstance(index, Value) else None
+        if not isinstance(asked, torch.Tensor) or node.rows * node.columns > TABLE:
+            return None
+        weight = weight_of(node.op, array)
+        if weight is None:
+            return None
+        return _relative(weight[asked.reshape(-1)[:ACTIVATIONS].cpu().numpy(), : got.shape[1]], got)
+    x, weight = activation_of(node.op, array), weight_of(node.op, array, ROWS)
+    if x is None or weight is None:
+        return None
+    columns = min(len(weight), got.shape[1])
+    y = torch.from_numpy(x[:ACTIVATIONS] @ weight[:columns, : x.shape[1]].T)
+    bias, mul, residual = (argument(node.op, i) for i in (BIAS, MUL, RESIDUAL))
+    y = y if not isinstance(bias, Value) else y + known[bias].double().cpu()[:columns]
+    y = FUNCTIONS[str(argument(node.op, SLOTS[node.call].form + 1))](y)
+    for value, what in ((mul, torch.mul), (residual, torch.add)):
+        if isinstance(value, Value):
+            other = known[value].double().cpu()
+            y = what(y, other.reshape(-1, other.shape[-1])[:ACTIVATIONS, :columns])
+    return _relative(y.numpy(), got[:, :columns])
+
+
+FUNCTIONS: dict[str, Any] = {
+    "none": lambda y: y,
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
+}
+"""What may be computed behind a product."""
 
 
 def _relative(wanted: Array, got: torch.Tensor) -> float | None:
