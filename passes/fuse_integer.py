@@ -33,18 +33,20 @@ Parameters = tuple[Value, Value | None, Scheme]
 
 
 def _pair(rw: Rewriter, value: Value | None) -> tuple[Value, Value, Value | None, Scheme]:
-    """Codes, scale, zero point and scheme of a dequantized tensor with one scale; declines quietly where it is none."""
+    """Codes, scale, zero point and scheme of a dequantized activation; declines quietly where it is none."""
     dq = rw.expect(value, "q.dequantize")
     scheme: Scheme = dq.attrs["scheme"]
     codes, scale = dq.operand(0), dq.operand(1)
-    if codes is None or scale is None or scheme.granularity != "tensor":
+    if codes is None or scale is None or not (scheme.granularity == "tensor" or scheme.dynamic):
         raise rw.declined(f"{value!r} is not scaled per tensor", quiet=True)
     return codes, scale, dq.operand(2), scheme
 
 
 def _static(rw: Rewriter, value: Value | None) -> tuple[Value, Value, Value | None, Scheme]:
-    """As :func:`_pair`, with constant parameters."""
+    """As :func:`_pair`, with one constant scale."""
     codes, scale, zero, scheme = _pair(rw, value)
+    if scheme.granularity != "tensor":
+        raise rw.declined(f"{value!r} is not scaled per tensor", quiet=True)
     if not scale.is_const or (zero is not None and not zero.is_const):
         raise rw.declined(f"the scale of {value!r} is computed at run time, and static kernels want it constant")
     return codes, scale, zero, scheme

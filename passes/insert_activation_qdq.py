@@ -22,9 +22,9 @@ from qcompiler.placement import Anchor, Group, Placement
 from qcompiler.products import Product, find_products, restore_weights, weight_dequantize
 from qcompiler.requests import request_for
 from qcompiler.scale_floor import with_scale_floor
-from qcompiler.scheme import Scheme
+from qcompiler.scheme import Alternatives, Scheme
 from qcompiler.sites import matches
-from qcompiler.spec import is_float_const
+from qcompiler.spec import is_float_const, scale_shape
 from qcompiler.target import Reason, Request
 from qcompiler.verify.findings import Finding
 
@@ -34,6 +34,11 @@ Ranges = dict[Value, tuple[float, float] | None]
 IN_REGION = Reason(
     "QC305",
     "values of a subgraph cannot be watched while calibrating, so its activation is quantized at run time",
+)
+ROWS_OF_A_LAYER = Reason(
+    "QC201",
+    "one scale a token or a block of it belongs to the rows of a linear layer",
+    "scale activations per tensor here",
 )
 WRITTEN = Reason(
     "QC203",
@@ -48,6 +53,7 @@ class _Work:
 
     graph: Graph
     ctx: Context
+    scheme: Scheme
     ranges: Ranges = field(default_factory=dict)
     unseen: set[Value] = field(default_factory=set)
 
@@ -56,7 +62,9 @@ class _Work:
 class InsertActivationQdq(Pass):
     """Quantize the activations of products whose weights ``insert-qdq`` has quantized, and what lies between them.
 
-    ``activations`` is per tensor, static (ranges come from the calibration data) or dynamic (from each input).
+    ``activations`` is per tensor, static (ranges come from the calibration data) or dynamic (from each input); or
+    dynamic per token or in blocks ``b1xM``, before linear layers. Of alternatives each product gets the first that the
+    target has a kernel for, without a target the first of all; static codes are of one scheme in the whole model.
     ``observer`` says how a range is found: ``minmax``, ``percentile`` (``percentile`` of the values on either side),
     ``mse`` or ``entropy``. ``ends`` is what a convolution gives whose result only float ops read: floats lose nothing,
     codes are faster (of aten convolutions floats always, where there is such a kernel: torch computes both alike
@@ -70,7 +78,7 @@ class InsertActivationQdq(Pass):
 
     name: ClassVar[str] = "insert-activation-qdq"
     kind: ClassVar[Literal["exact", "lossy", "layout"]] = "lossy"
-    activations: Scheme
+    activations: Scheme | Alternatives
     observer: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
     percentile: float = 99.99
     matmuls: bool = False
@@ -79,39 +87,52 @@ class InsertActivationQdq(Pass):
     skip: tuple[str, ...] = ()
 
     def run(self, graph: Graph, ctx: Context) -> None:
-        if self.activations.granularity != "tensor" or not self.activations.dtype.is_integer:
-            raise RecipeError(
-                f"insert-activation-qdq.activations = '{self.activations.text}': activations get integer codes, with "
-                "one scale a tensor; the nearest is 'uint8 tensor asym'"
-            )
-        found = list(find_products(graph, matmuls=self.matmuls and not self.activations.dynamic))
+        for scheme in self.wishes:
+            _check(scheme)
+        found = list(find_products(graph, matmuls=self.matmuls and not all(s.dynamic for s in self.wishes)))
         if not ctx.partial:
             self._check_globs(found)
         if found and ctx.target is not None and (none := ctx.target.lacks("q.linear_static")) is not None:
             message = f"activations <{self.activations.text}> have no fused kernel on {ctx.target}"
             ctx.findings.append(Finding(none.code, self.name, message, none.message, none.fix))
         static: list[Product] = []
-        dynamic: dict[Op, Product] = {}
-        at_run_time = replace(self.activations, dynamic=True)
+        dynamic: list[tuple[Product, Scheme]] = []
+        constant = self._constant(found, graph, ctx)
         for product in found:
             inside = product.op.graph is not graph
-            scheme = at_run_time if inside else self.activations
-            if (reason := self._why_not(product, scheme, ctx)) is not None:
-                _leave(product, reason, ctx)
-            elif scheme.dynamic:
-                dynamic[product.op] = product
-                if not self.activations.dynamic:
-                    ctx.findings.append(_info(product, IN_REGION))
-            else:
+            wishes = [s for s in self.wishes if s.dynamic or inside or s is constant]
+            asked = [replace(s, dynamic=True) if inside else s for s in wishes]
+            reasons = [self._why_not(product, s, ctx) for s in asked]
+            if None not in reasons:
+                _leave(product, next(r for r in reasons if r is not None), ctx)
+                continue
+            at = reasons.index(None)
+            if not asked[at].dynamic:
                 static.append(product)
+                continue
+            dynamic.append((product, asked[at]))
+            if not wishes[at].dynamic:
+                ctx.findings.append(_info(product, IN_REGION))
         written = unsteady(graph)
-        _insert_dynamic(dynamic.values(), at_run_time, written)
+        _insert_dynamic(dynamic, written)
         steady = [p for p in static if not written.intersection((*p.inputs, *p.op.results))]
         for product in static:
             if product not in steady:
                 _leave(product, WRITTEN, ctx)
-        if steady:
-            self._insert_static(_Work(graph, ctx), steady)
+        if steady and constant is not None:
+            self._insert_static(_Work(graph, ctx, constant), steady)
+
+    @property
+    def wishes(self) -> tuple[Scheme, ...]:
+        """The schemes of ``activations``, the most wanted first."""
+        return self.activations.schemes if isinstance(self.activations, Alternatives) else (self.activations,)
+
+    def _constant(self, found: list[Product], graph: Graph, ctx: Context) -> Scheme | None:
+        """The static scheme of this run: the first wish by which some product can be computed, else the first."""
+        static = [s for s in self.wishes if not s.dynamic]
+        outside = [p for p in found if p.op.graph is graph]
+        served = (s for s in static if any(self._why_not(p, s, ctx) is None for p in outside))
+        return next(served, static[0] if static else None)
 
     def _check_globs(self, found: list[Product]) -> None:
         names = ", ".join(p.site for p in found[:6]) + (", ..." if len(found) > 6 else "")
@@ -129,6 +150,8 @@ class InsertActivationQdq(Pass):
             return Reason("", "not matched by the recipe")
         if product.reason is not None:
             return product.reason
+        if scheme.granularity != "tensor" and product.kind != "linear":
+            return ROWS_OF_A_LAYER
         if product.element is not F32 and not product.op.name.startswith("aten."):
             fix = "export the model in f32"
             return Reason("QC201", f"its activation is {product.element}, and integer kernels take f32", fix)
@@ -140,7 +163,7 @@ class InsertActivationQdq(Pass):
 
     def _insert_static(self, work: _Work, products: list[Product]) -> None:
         while True:
-            anchors = [Anchor(p.op, p.slots, p.site, self._makes(p, work.ctx)) for p in products]
+            anchors = [Anchor(p.op, p.slots, p.site, self._makes(p, work)) for p in products]
             placement = Placement(work.graph, anchors, lambda op: self._capable(op, work))
             self._observe(work, [v for g in placement.groups for v in g.points])
             blind = [g for g in placement.groups if not any(work.ranges[v] for v in g.points)]
@@ -152,13 +175,13 @@ class InsertActivationQdq(Pass):
         for product in products:
             _fit_bias(product)
 
-    def _makes(self, product: Product, ctx: Context) -> Literal["floats", "codes", "wanted"]:
+    def _makes(self, product: Product, work: _Work) -> Literal["floats", "codes", "wanted"]:
         """What the kernel makes of ``product``."""
         if product.kind != "conv":
             return "floats"
         if self.ends == "codes" and not product.op.name.startswith("aten."):
             return "codes"
-        request = replace(product.request(self.activations), y=None)
+        request, ctx = replace(product.request(work.scheme), y=None), work.ctx
         return "wanted" if ctx.target is None or ctx.target.choose(request, ctx.phases) is not None else "codes"
 
     def _capable(self, op: Op, work: _Work) -> bool:
@@ -170,7 +193,7 @@ class InsertActivationQdq(Pass):
         values = [op.operand(i) for i in slots]
         if any(v is None or v.tensor.dtype not in (None, F32) or v in work.unseen for v in (*values, op.result)):
             return False
-        attrs = {"fn": fn, "x_scheme": self.activations, "y_scheme": self.activations, **op.attrs}
+        attrs = {"fn": fn, "x_scheme": work.scheme, "y_scheme": work.scheme, **op.attrs}
         target = work.ctx.target
         return target is None or not target.why_not(request_for("q.apply", values[:1], attrs), work.ctx.phases)
 
@@ -193,7 +216,7 @@ class InsertActivationQdq(Pass):
         for name, observer in watched.items():
             known = work.graph.local(name)
             assert known is not None
-            work.ranges[known] = _clamped(known, *observer.range(self.activations)) if observer.seen else None
+            work.ranges[known] = _clamped(known, *observer.range(work.scheme)) if observer.seen else None
 
     def _without(self, blind: list[Group], products: list[Product], work: _Work) -> list[Product]:
         """The products that touch no group without a range; the others stay float, with the reason."""
@@ -215,15 +238,27 @@ class InsertActivationQdq(Pass):
         lo, hi = min(r[0] for r in known), max(r[1] for r in known)
         first = next(iter((*group.every, *group.some)))
         element, hint, home = first.tensor.dtype or F32, first.name, work.graph
-        scale, zero = affine_params(np.asarray(lo), np.asarray(hi), self.activations, element)
+        scale, zero = affine_params(np.asarray(lo), np.asarray(hi), work.scheme, element)
         parameters: list[Value | None] = [home.add_const(home.fresh(f"{hint}_scale"), constant(np.asarray(scale)))]
         if zero is not None:
-            payload = constant(np.asarray(zero), self.activations.dtype)
+            payload = constant(np.asarray(zero), work.scheme.dtype)
             parameters.append(home.add_const(home.fresh(f"{hint}_zero"), payload))
         for value in group.every:
-            _put_pair(value, parameters, self.activations, list(value.uses))
+            _put_pair(value, parameters, work.scheme, list(value.uses))
         for value, uses in group.some.items():
-            _put_pair(value, parameters, self.activations, uses)
+            _put_pair(value, parameters, work.scheme, uses)
+
+
+def _check(scheme: Scheme) -> None:
+    """Raise RecipeError for a scheme that no activation has."""
+    element, per = scheme.dtype, scheme.granularity
+    if element.is_integer or element.name in ("f8e4m3", "f8e5m2"):
+        if per in ("tensor", "token") or (per == "block" and scheme.dynamic):
+            return
+    raise RecipeError(
+        f"insert-activation-qdq.activations = '{scheme.text}': activations get integer or 8-bit float codes, with one "
+        "scale a tensor, or, dynamic, one a token or a block b1xM; the nearest is 'uint8 tensor asym'"
+    )
 
 
 def _clamped(value: Value, lo: float, hi: float) -> tuple[float, float]:
@@ -266,7 +301,8 @@ def _put_pair(value: Value, parameters: list[Value | None], scheme: Scheme, uses
 def _fit_bias(product: Product) -> None:
     """Let the weight's scales be so large that the bias of a convolution fits into the int32 of its kernel."""
     bias, x = product.op.operand(2), product.op.operand(0)
-    if product.kind != "conv" or not is_float_const(bias) or not product.weights:
+    integer = product.scheme is not None and product.scheme.dtype.is_integer
+    if product.kind != "conv" or not integer or not is_float_const(bias) or not product.weights:
         return
     maker = None if x is None else x.owner
     while maker is not None and maker.name != "q.dequantize" and movement_kind(maker) is not None:
@@ -277,16 +313,16 @@ def _fit_bias(product: Product) -> None:
         with_scale_floor(weight_dequantize(product.op, product.weights[0]), bias, scale)
 
 
-def _insert_dynamic(products: Iterable[Product], scheme: Scheme, written: set[Value]) -> None:
+def _insert_dynamic(products: Iterable[tuple[Product, Scheme]], written: set[Value]) -> None:
     """x  ->  q.dequantize(q.quantize(x, s, z), s, z)   with s, z = q.choose_qparams(x), once for all readers of x
 
     and for each reader, where x is one of the values that are ``written`` to.
     """
-    made: dict[tuple[Graph, Value, Op | None], Value] = {}
-    for product in products:
+    made: dict[tuple[Graph, Value, Scheme, Op | None], Value] = {}
+    for product, scheme in products:
         home = product.op.graph
         for slot, value in zip(product.slots, product.inputs, strict=True):
-            key = (home, value, product.op if value in written else None)
+            key = (home, value, scheme, product.op if value in written else None)
             if key not in made:
                 made[key] = _dynamic_pair(product.op, value, scheme)
             product.op.set_operand(slot, made[key])
@@ -295,9 +331,10 @@ def _insert_dynamic(products: Iterable[Product], scheme: Scheme, written: set[Va
 def _dynamic_pair(op: Op, value: Value, scheme: Scheme) -> Value:
     """The pair before ``op``, the first reader of ``value``."""
     home = op.graph
-    results = [(home.fresh(f"{value.name}_scale"), TensorType(value.tensor.dtype or F32, ()))]
+    shape = _parameter_shape(value, scheme)
+    results = [(home.fresh(f"{value.name}_scale"), TensorType(value.tensor.dtype or F32, shape))]
     if not scheme.symmetric:
-        results.append((home.fresh(f"{value.name}_zero"), TensorType(scheme.dtype, ())))
+        results.append((home.fresh(f"{value.name}_zero"), TensorType(scheme.dtype, shape)))
     chosen = home.create("q.choose_qparams", [value], {"scheme": scheme}, results, before=op)
     codes_type = TensorType(scheme.dtype, value.tensor.shape)
     name = home.fresh(f"{value.name}_codes")
@@ -306,6 +343,19 @@ def _dynamic_pair(op: Op, value: Value, scheme: Scheme) -> Value:
     name = home.fresh(f"{value.name}_dq")
     operands = [codes.result, *chosen.results]
     return home.create("q.dequantize", operands, {"scheme": scheme}, [(name, float_type)], before=op).result
+
+
+def _parameter_shape(value: Value, scheme: Scheme) -> tuple[int | str, ...] | None:
+    """The shape of a dynamic scale of ``value``; None where it is not known."""
+    if scheme.granularity == "tensor":
+        return ()
+    shape, static = value.tensor.shape, value.tensor.static_shape
+    if static is not None:
+        return scale_shape(static, scheme)
+    last = shape[-1] if shape else None
+    if not shape or not (scheme.granularity == "token" or isinstance(last, int)):
+        return None
+    return (*shape[:-1], 1 if scheme.granularity == "token" else scale_shape((last,), scheme)[0])  # type: ignore[arg-type]
 
 
 def _leave(product: Product, reason: Reason, ctx: Context) -> None:

@@ -30,6 +30,7 @@ from qcompiler.payload import Payload, computed, constant
 from qcompiler.pipeline import Context, Pass
 from qcompiler.rewrite import Rewriter, apply_rules, rule
 from qcompiler.scheme import Scheme
+from qcompiler.spec import scale_shape
 from qcompiler.views import LINEAR_OPS
 
 
@@ -75,7 +76,7 @@ def through_transpose(op: Op, rw: Rewriter) -> Value:
     if perm is None or len(perm) != rank:
         raise rw.declined(f"'{op.label}' permutes {rank} axes in a way that is not known", code="QC102")
     axis = None if scheme.axis is None else perm.index(scheme.axis % rank)
-    along = scheme.granularity == "group"
+    along = scheme.granularity in ("group", "block")
     moved: list[Value | None] = []
     for value, permute in ((codes, True), (scale, along), (zero, along)):
         if value is None or not permute:
@@ -128,6 +129,8 @@ def _reshaped_scheme(
     if scheme.granularity == "group" and axis == len(old) - 1 and scheme.group == (old[-1],) and len(old) >= 2:
         if new == (*old[:-2], old[-2] * old[-1]):  # blocks [.., G, g] laid out as groups of one axis
             return replace(scheme, axis=len(new) - 1), (*old[:-2], old[-2])
+    if scheme.granularity == "block":
+        return (scheme, scale_shape(old, scheme)) if old == new else (None, ())
     if [d for d in old if d != 1] != [d for d in new if d != 1] or old[axis] == 1:
         return None, ()
     position = [i for i, d in enumerate(old) if d != 1].index(axis)
@@ -171,8 +174,8 @@ def sink_dequantize(op: Op, rw: Rewriter) -> list[Value]:
     slots = data_operands(op)
     pairs = [rw.expect(op.operand(i), "q.dequantize") for i in slots]
     dq = pairs[0]
-    if not all(is_activation(p) for p in pairs):
-        raise rw.declined("the dequantize of a constant or of groups", quiet=True)
+    if not all(is_activation(p) and p.attrs["scheme"].granularity == "tensor" for p in pairs):
+        raise rw.declined("the dequantize of a constant, of groups or of tokens", quiet=True)
     if not all(same_parameters(dq, p) for p in pairs[1:]):
         raise rw.declined(f"'{op.label}' joins codes of different scales", quiet=True)
     operands = list(op.operands)
@@ -244,6 +247,10 @@ def hoist_quantize_over_clamp(op: Op, rw: Rewriter) -> Value:
         raise rw.declined("no clamp before it", quiet=True)
     source, scheme = clamped.operands[0], op.attrs["scheme"]
     assert source is not None
+    if not scheme.dtype.is_integer:
+        raise rw.declined(
+            f"'{clamped.label}' clips what becomes {scheme.dtype}, whose codes it cannot clip", quiet=True
+        )
     ends = (scheme.dtype.qmin, scheme.dtype.qmax)
     codes: list[int | None] = []
     for bound, end in zip((bounds.lo, bounds.hi), ends, strict=True):

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qcompiler import float_codes
 from qcompiler.clipping import Floats
-from qcompiler.dtypes import Array
+from qcompiler.dtypes import Array, DType
 from qcompiler.ir import Op, TensorType, Value
 from qcompiler.scheme import Scheme
 
@@ -140,6 +141,8 @@ def codes_differing(before: Array, after: Array, exact: Floats | None, slack: fl
     """
     if before.shape != after.shape:
         return Gap(math.inf, 0.0, f"its shape is {list(after.shape)}, not {list(before.shape)}")
+    if scheme is not None and not scheme.dtype.is_integer:
+        return _float_codes_differing(before, after, exact, slack, scheme.dtype)
     off = np.abs(before.astype(np.int64) - after.astype(np.int64))
     count = int(np.count_nonzero(off))
     if not count:
@@ -153,3 +156,22 @@ def codes_differing(before: Array, after: Array, exact: Floats | None, slack: fl
     error = float(np.abs(after.astype(np.float64) - ends).max())
     text = f"{found}; the worst is {error:.4g} steps from the exact value where {0.5 + slack:.4g} are allowed"
     return Gap(error, 0.5 + slack, text)
+
+
+def _float_codes_differing(before: Array, after: Array, exact: Floats | None, slack: float, element: DType) -> Gap:
+    """As :func:`codes_differing` for float codes, or what they stand for in steps: gaps between them are their steps.
+
+    Without ``exact``, an element may be off by one gap and ``slack`` on either side.
+    """
+    coded = before.dtype == element.storage
+    a, b = (float_codes.decode(x, element) if coded else x.astype(np.float64) for x in (before, after))
+    most = float_codes.largest(element)
+    target = a if exact is None else np.clip(exact, -most, most)
+    half = float_codes.reach(np.maximum(np.abs(a), np.abs(b)) if exact is None else target, element)
+    allowed = 2 * (half + slack) if exact is None else half + slack
+    error = np.abs(b - target)
+    if not error.size:
+        return NONE
+    at = np.unravel_index(int(np.argmax(error / allowed)), error.shape)
+    text = f"{b[at]:.6g} in steps stands for {target[at]:.6g}; {allowed[at]:.4g} are allowed"
+    return Gap(float(error[at]), float(allowed[at]), text)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler import numerics
+from qcompiler import float_codes, numerics
 from qcompiler.channels import blocks
 from qcompiler.clipping import Floats
 from qcompiler.dtypes import Array
@@ -145,11 +145,15 @@ class CorrectedBias(Computation):
         return computed("row", row, given, element, (n,))
 
     def bound(self) -> Floats:
-        """How far rounding can move each element, ``[n]``: half a step of every weight; balanced, a whole one."""
+        """How far rounding can move each element, ``[n]``: half a step of every weight; balanced, a whole one.
+
+        A step of float codes is the widest between two of them.
+        """
         shape, scale = self.inputs[0].shape, self.inputs[2].array()
         steps = np.broadcast_to(numerics.spread(scale, shape, self.scheme), shape)
         made = self.inputs[1].computation if isinstance(self.inputs[1], ComputedPayload) else None
-        share = 0.5 if isinstance(made, WeightQuantization) and made.rounding == "nearest" else 1.0
+        widest = float_codes.widest(self.scheme.dtype) if not self.scheme.dtype.is_integer else 1.0
+        share = 0.5 * widest if isinstance(made, WeightQuantization) and made.rounding == "nearest" else 1.0
         out = np.zeros(self.n)
         for at in blocks(steps):
             self._weigh(steps[at].astype(np.float64) * share, np.abs(self.means), at, out)
@@ -176,7 +180,7 @@ class CorrectedBias(Computation):
         zeros = None if zero is None else np.broadcast_to(numerics.spread(zero, codes.shape, self.scheme), codes.shape)
         out = np.zeros(self.n)
         for at in blocks(weight):
-            values = codes[at].astype(np.float64)
+            values = numerics.code_values(codes[at], self.scheme.dtype)
             if zeros is not None:
                 values -= zeros[at].astype(np.float64)
             error = weight[at].astype(np.float64) - values * steps[at].astype(np.float64)

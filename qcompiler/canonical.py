@@ -15,6 +15,8 @@ from qcompiler.weights import transposed
 def canonical_operands(dq: Op, rw: Rewriter, *, n_axis: int) -> tuple[Scheme, Value, Value, Value | None]:
     """Scheme (axis 1), codes ``[N, K]``, scales and zeros ``[N, G]`` of a dequantized matrix whose N is ``n_axis``.
 
+    In blocks the scales are ``[ceil(N / rows), ceil(K / columns)]``.
+
     Constants are made once per dequantized tensor, so that tied layers share them. Declines with a reason where codes
     or parameters are no constants, or where the groups run along N.
     """
@@ -43,8 +45,9 @@ def canonical_operands(dq: Op, rw: Rewriter, *, n_axis: int) -> tuple[Scheme, Va
 
 def _check_axis(dq: Op, rw: Rewriter, scheme: Scheme, n_axis: int) -> None:
     axis = None if scheme.axis is None else scheme.axis % 2
-    wrong = {"group": axis == n_axis, "channel": axis != n_axis, "tensor": False}.get(scheme.granularity)
-    if wrong is None:
+    along = axis == n_axis
+    wrong = {"group": along, "block": along, "channel": not along, "tensor": False}.get(scheme.granularity)
+    if wrong is None or scheme.dynamic:
         raise rw.declined(f"'{dq.label}': <{scheme}> is no static weight scheme", code="QC201")
     if wrong:
         raise rw.declined(
@@ -77,8 +80,8 @@ def _flipped(payload: Payload) -> Payload:
 
 
 def _parameter(payload: Payload, scheme: Scheme, n: int, flip: bool) -> Payload | None:
-    """Scales or zeros as ``[N, G]`` (``[1, 1]`` per tensor); None when they are so already."""
-    if scheme.granularity == "group":
+    """Scales or zeros as :func:`qcompiler.spec.column_shape` says; None when they are so already."""
+    if scheme.granularity in ("group", "block"):
         return _flipped(payload) if flip else None
     shape = (1, 1) if scheme.granularity == "tensor" else (n, 1)
 

@@ -29,6 +29,7 @@ from qcompiler.comparing import CHUNK, Compared, Fault, Feed, KernelError, outpu
 from qcompiler.dtypes import Array
 from qcompiler.errors import Error, InputError
 from qcompiler.ir import Graph, Op, Value
+from qcompiler.numerics import spread
 from qcompiler.pair_bounds import (
     ROUNDING,
     Range,
@@ -239,10 +240,10 @@ class CheckHook:
         if not x.size:
             return NONE
         if scheme.granularity != "tensor":
-            return activation_gap(x, found[dq.result.name], float(scale.max()), covered=None)
+            return activation_gap(x, found[dq.result.name], spread(scale, x.shape, scheme), scheme.dtype, covered=None)
         covered = None if whole or scheme.dynamic else code_range(float(scale), zero, scheme)
         ranges.setdefault(scale_value, Range()).widen(x)
-        return activation_gap(x, found[dq.result.name], float(scale), covered=covered)
+        return activation_gap(x, found[dq.result.name], float(scale), scheme.dtype, covered=covered)
 
     @staticmethod
     def _too_wide(live: list[tuple[Op, Op]], ranges: Mapping[Value, Range]) -> Iterable[tuple[Op, Op, Gap]]:

@@ -12,9 +12,11 @@ from qcompiler.agreement import NONE, Gap, Rounding, codes_differing, differing
 from qcompiler.clipping import Floats
 from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
+from qcompiler.float_codes import largest
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.numerics import evaluate
 from qcompiler.replay import chunked, computed_names, divergent, redefined, segment
+from qcompiler.scheme import Scheme
 from qcompiler.subgraph import Runner, reads
 
 CHUNK = 48
@@ -143,12 +145,12 @@ class Compared:
         relative = Rounding(made).relative(made.outputs[0])
         rounder, dequantize = self._rounder(value)
         scheme = None if rounder is None else rounder.attrs.get("y_scheme") or rounder.attrs["scheme"]
-        whole = old.dtype.kind in "iu" and old.dtype.itemsize == 1
+        whole = old.dtype.kind in "iuV" and old.dtype.itemsize == 1
         if not whole and (rounder is None or dequantize is None):
             gap = differing(old, now, relative)
             return gap if gap.fits else differing(old, now, relative, self._allowance(kernels, found, now.shape))
         exact = None if rounder is None else _before_rounding(rounder, was)
-        slack = relative * (255 if scheme is None else scheme.dtype.qmax - scheme.dtype.qmin)
+        slack = relative * (255 if scheme is None else _span(scheme))
         if dequantize is not None:
             if (gap := differing(old, now, relative)).fits:
                 return gap
@@ -191,7 +193,13 @@ class Compared:
 
 def _gives_codes(op: Op) -> bool:
     element = op.results[0].tensor.dtype if op.results else None
-    return element is not None and element.is_integer
+    return element is not None and (element.is_integer or element.bits <= 8)
+
+
+def _span(scheme: Scheme) -> float:
+    """From the smallest to the largest code, in steps."""
+    element = scheme.dtype
+    return float(element.qmax - element.qmin) if element.is_integer else 2 * largest(element)
 
 
 def _rounds(op: Op) -> bool:
@@ -205,9 +213,12 @@ def _result_slot(op: Op) -> int:
 
 
 def _in_steps(dequantize: Op, x: Array) -> Array:
-    """Dequantized values as their codes."""
+    """Dequantized values as their codes; float codes as what they stand for, in steps."""
     scale, zero = (None if v is None or v.payload is None else v.payload.array() for v in dequantize.operands[1:3])
     assert scale is not None
+    if not dequantize.attrs["scheme"].dtype.is_integer:
+        in_steps: Array = x.astype(np.float64) / float(scale)
+        return in_steps
     steps = np.rint(x.astype(np.float64) / float(scale)) + (0.0 if zero is None else float(zero))
     return steps.astype(np.int64)
 

@@ -103,6 +103,30 @@ def nearest(steps: Array, element: DType) -> Array:
     return codes.view(element.storage)
 
 
+def widest(element: DType) -> float:
+    """The largest difference of two neighbouring values."""
+    known = np.sort(table(element))
+    return float(np.diff(known[~np.isnan(known)]).max())
+
+
+def reach(steps: Floats, element: DType) -> Floats:
+    """The most that rounding may move each of ``steps``: half the gap around it, or how far it lies beyond the largest.
+
+    Float64, no NaN. It is above 0 everywhere.
+    """
+    most = largest(element)
+    beyond = np.maximum(np.abs(steps) - most, 0.0)
+    inside = np.clip(steps, -most, most)
+    if element.name == "nf4":
+        at = np.clip(np.searchsorted(NF4, inside), 1, len(NF4) - 1)
+        half: Floats = np.diff(NF4.astype(np.float64))[at - 1] / 2
+    else:
+        form = FORMATS[element.name]
+        exponent = np.where(inside == 0, form.least, np.maximum(np.frexp(inside)[1] - 1, form.least))
+        half = np.ldexp(0.5, exponent - form.mantissa)
+    return np.maximum(half, beyond)
+
+
 # -- fast ------------------------------------------------------------------------------------------------------
 
 

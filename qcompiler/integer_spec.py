@@ -100,6 +100,8 @@ def _conv_static(op: Op) -> None:
 
 
 def _conv_dyn(op: Op) -> None:
+    if scheme_of(op, "x_scheme").granularity != "tensor":
+        fail(op, f"x_scheme is <{scheme_of(op, 'x_scheme')}>; a convolution has one scale for all of its activation")
     _conv(op, _dynamic(op), 1)
 
 

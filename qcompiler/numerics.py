@@ -179,11 +179,16 @@ def _values(codes: Array, scale: Array, zero: Array | None, scheme: Scheme) -> F
     """``(code - zero) * scale`` in float64; the parameters broadcast."""
     if codes.dtype != scheme.dtype.storage:
         raise InputError(f"<{scheme}>: codes are stored as {scheme.dtype.storage}, not {codes.dtype}")
-    values = codes.astype(np.float64) if scheme.dtype.is_integer else float_codes.decode(codes, scheme.dtype)
+    values = code_values(codes, scheme.dtype)
     if zero is not None:
         values -= zero.astype(np.float64)
     values *= scale.astype(np.float64)
     return values
+
+
+def code_values(codes: Array, element: DType) -> Floats:
+    """The numbers that codes of type ``element`` stand for, before zero point and scale; float64."""
+    return codes.astype(np.float64) if element.is_integer else float_codes.decode(codes, element)
 
 
 def _check_zero(zero: Array | None, scheme: Scheme) -> None:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qcompiler import float_codes
 from qcompiler.agreement import Gap
 from qcompiler.bias_correction import CorrectedBias
 from qcompiler.clipping import FACTORS, SCALE_BITS, Floats, affine_params
-from qcompiler.dtypes import F64, Array, dtype_of
+from qcompiler.dtypes import F64, Array, DType, dtype_of
 from qcompiler.ir import Op
 from qcompiler.numerics import choose_qparams, dequantize, quantize, spread
 from qcompiler.payload import ComputedPayload, Payload
@@ -92,6 +93,8 @@ def _weight_gap(x: Array, seen: Floats, floor: Floats | None, scheme: Scheme, *,
         wanted = np.maximum(wanted, floor)
     half = spread(wanted, x.shape, scheme) / 2
     error = np.abs(seen - x.astype(np.float64))
+    if not scheme.dtype.is_integer:
+        return _float_gap(x, error, 2 * half, scheme, shrunk=shrunk)
     if scheme.bits <= 4:
         # Their scales have few significant bits: one that was rounded down leaves the ends of the range out.
         levels = scheme.dtype.qmax - scheme.dtype.qmin
@@ -100,6 +103,20 @@ def _weight_gap(x: Array, seen: Floats, floor: Floats | None, scheme: Scheme, *,
         center = None if middle is None else spread(middle.astype(np.float64), x.shape, scheme)
         error = np.maximum(error - _cut_off(x.astype(np.float64), half, center, scheme), 0.0)
     return _worst(error / halves, np.broadcast_to(half, x.shape), x)
+
+
+def _float_gap(x: Array, error: Floats, scale: Floats, scheme: Scheme, *, shrunk: bool) -> Gap:
+    """As :func:`_weight_gap` for float codes, whose steps are the gaps between them. ``scale`` is that of the range.
+
+    Under a smaller scale the gap around a value is as wide at most, or, behind a power of two, twice as wide.
+    """
+    wide = x.astype(np.float64)
+    half = scale * float_codes.reach(wide / scale, scheme.dtype)
+    if shrunk:
+        half, most = 2 * half, scale * float_codes.largest(scheme.dtype)
+        beyond = np.maximum(np.abs(wide) - FACTORS[-1] * (1 - 2.0**-SCALE_BITS) * most, 0.0)
+        error = np.maximum(error - np.where(beyond > 0, beyond + half, 0.0), 0.0)
+    return _worst(error, half, x)
 
 
 def _cut_off(x: Floats, half: Floats, zero: Floats | None, scheme: Scheme) -> Floats:
@@ -114,14 +131,19 @@ def _cut_off(x: Floats, half: Floats, zero: Floats | None, scheme: Scheme) -> Fl
     return np.where(beyond > 0, beyond + half, 0.0)
 
 
-def activation_gap(x: Array, seen: Array, step: float, *, covered: tuple[float, float] | None) -> Gap:
+def activation_gap(
+    x: Array, seen: Array, step: Array | float, element: DType, *, covered: tuple[float, float] | None
+) -> Gap:
     """The worst error of a pair around an activation, in steps. ``covered``: values beyond are cut off; None: none are.
 
-    ``seen`` is ``x`` after quantizing and dequantizing.
+    ``seen`` is ``x`` after quantizing to codes of type ``element`` by the scales ``step``, which broadcast over ``x``,
+    and dequantizing.
     """
     wide = x.astype(np.float64)
     target = wide if covered is None else np.clip(wide, *covered)
-    return _worst(np.abs(seen.astype(np.float64) - target), np.full(x.shape, step / 2), x)
+    steps = np.broadcast_to(np.asarray(step, np.float64), x.shape)
+    half = steps / 2 if element.is_integer else steps * float_codes.reach(target / steps, element)
+    return _worst(np.abs(seen.astype(np.float64) - target), half, x)
 
 
 def _worst(error: Floats, half: Floats, x: Array) -> Gap:
@@ -143,6 +165,8 @@ def asked_step(seen: Range, scheme: Scheme) -> float:
 
 def code_range(scale: float, zero: float, scheme: Scheme) -> tuple[float, float]:
     """The values that the smallest and the largest code stand for."""
+    if not scheme.dtype.is_integer:
+        return -float_codes.largest(scheme.dtype) * scale, float_codes.largest(scheme.dtype) * scale
     return (scheme.dtype.qmin - zero) * scale, (scheme.dtype.qmax - zero) * scale
 
 

@@ -39,9 +39,10 @@ def is_constant(value: Value | None) -> bool:
 
 
 def is_activation(op: Op) -> bool:
-    """True for a quantize or dequantize per tensor of something that is computed, not stored."""
+    """True for a quantize or dequantize, per tensor or dynamic, of something that is computed, not stored."""
     scheme = op.attrs.get("scheme")
-    return isinstance(scheme, Scheme) and scheme.granularity == "tensor" and not is_constant(op.operand(0))
+    known = isinstance(scheme, Scheme) and (scheme.granularity == "tensor" or scheme.dynamic)
+    return known and not is_constant(op.operand(0))
 
 
 def scalar_parameters(op: Op) -> tuple[Array, Array | None] | None:

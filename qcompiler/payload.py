@@ -186,6 +186,8 @@ class RandomPayload(Payload):
             bounded = min(self.dtype.bits, 32)
             lo, hi = (-(1 << (bounded - 1)), (1 << (bounded - 1))) if self.dtype.signed else (0, 1 << bounded)
             return rng.integers(lo, hi, self.shape).astype(self.dtype.storage)
+        if self.dtype.kind == "codebook":
+            return rng.integers(0, 1 << self.dtype.bits, self.shape).astype(self.dtype.storage)
         raise InputError(f"no random values of type {self.dtype}")
 
     def ref(self) -> str | None:

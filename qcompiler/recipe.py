@@ -24,7 +24,7 @@ from qcompiler.ir import Attr
 from qcompiler.passes import catalogue
 from qcompiler.pipeline import Pass
 from qcompiler.reader import parse_attrs
-from qcompiler.scheme import Scheme, parse_scheme
+from qcompiler.scheme import Alternatives, Scheme, parse_alternatives, parse_scheme
 from qcompiler.text import show_attr
 
 _STEP = re.compile(r"\s*([a-z0-9][a-z0-9-]*)\s*")
@@ -62,7 +62,7 @@ def options(item: Pass) -> dict[str, Any]:
     for f in dataclasses.fields(item):  # type: ignore[arg-type]  # every pass is a dataclass
         value = getattr(item, f.name)
         if f.default is dataclasses.MISSING or value != f.default:
-            out[f.name] = value.text if isinstance(value, Scheme) else value
+            out[f.name] = value.text if isinstance(value, Scheme | Alternatives) else value
     return out
 
 
@@ -105,6 +105,8 @@ def _convert(name: str, key: str, hint: Any, value: Any) -> Any:
         if value is None and type(None) in args:
             return None
         kinds = [a for a in args if a is not type(None)]
+        if Alternatives in kinds and isinstance(value, str):
+            kinds = [Alternatives] if "|" in value else [k for k in kinds if k is not Alternatives]
         reasons = []
         for kind in kinds:
             try:
@@ -117,6 +119,11 @@ def _convert(name: str, key: str, hint: Any, value: Any) -> Any:
             return value
         if isinstance(value, str):
             return parse_scheme(value)
+    elif hint is Alternatives:
+        if isinstance(value, Alternatives):
+            return value
+        if isinstance(value, str):
+            return parse_alternatives(value)
     elif origin is typing.Literal:
         if value in args:
             return value

@@ -178,3 +178,24 @@ def parse_scheme(text: str) -> Scheme:
                 "known: tensor, channel, token, gN, bNxM, sym, asym, asymf, dynamic, scale=f8e8m0|f8e4m3, axis=N"
             )
     return Scheme(element, granularity, symmetric, group, axis, dynamic, zero, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Alternatives:
+    """Schemes in order of wish, ``uint8 tensor asym dynamic | int8 token sym dynamic``: a target gets the first that it
+    has a kernel for. What is quantized the same on all targets, as weights are, has no alternatives."""
+
+    schemes: tuple[Scheme, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.schemes) < 2 or len(set(self.schemes)) < len(self.schemes):
+            raise RecipeError(f"'{self.text}': alternatives are two schemes or more, each another one")
+
+    @property
+    def text(self) -> str:
+        return " | ".join(s.text for s in self.schemes)
+
+
+def parse_alternatives(text: str) -> Alternatives:
+    """Read ``SCHEME | SCHEME ...``; raises RecipeError."""
+    return Alternatives(tuple(parse_scheme(part) for part in text.split("|")))

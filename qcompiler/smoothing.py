@@ -211,7 +211,7 @@ def product_error(want: Array, rows: Array, weight: Array, factors: Array, schem
     oriented = scheme.with_axis(axis)
     made = quantize_weight(weight * factors, oriented)
     noise = 0.0
-    plain = made.zero is None and scheme.granularity != "group"
+    plain = made.zero is None and scheme.granularity != "group" and scheme.dtype.is_integer
     for at in range(0, len(weight), OUTPUTS):
         part = slice(at, at + OUTPUTS)
         if plain:  # the scale of a row goes to its sums, which leaves one product of floats

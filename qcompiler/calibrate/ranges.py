@@ -13,6 +13,8 @@ import numpy as np
 from qcompiler.calibrate.histogram import Counts, Floats, Histogram
 from qcompiler.clipping import affine_params
 from qcompiler.dtypes import F32
+from qcompiler.errors import RecipeError
+from qcompiler.float_codes import table
 from qcompiler.scheme import Scheme
 
 COARSE = tuple(2.0 ** (-i / 8) for i in range(81))
@@ -95,11 +97,13 @@ def squared_error(left: Floats, right: Floats, counts: Floats, ends: tuple[float
     """The sum of squared errors of ``counts`` values spread evenly over ``left..right``, quantized in ``ends``."""
     scale, zero = affine_params(np.array(ends[0]), np.array(ends[1]), scheme, F32)
     step = float(scale)
+    if not scheme.dtype.is_integer:
+        return _float_error(left, right, counts, step, scheme)
     offset = 0 if zero is None else int(zero)
     least, most = (scheme.dtype.qmin - offset) * step, (scheme.dtype.qmax - offset) * step
     a, b = np.clip(left, least, most), np.clip(right, least, most)
     rounding = (_rounding(b / step) - _rounding(a / step)) * step**3
-    clipping = (_cubed(right - most) - _cubed(left - most) + _cubed(least - left) - _cubed(least - right)) / 3
+    clipping = _clipping(left, right, least, most)
     width = right - left
     point = width <= 0
     mean = np.divide(rounding + clipping, width, out=np.zeros_like(width), where=~point)
@@ -107,6 +111,33 @@ def squared_error(left: Floats, right: Floats, counts: Floats, ends: tuple[float
         at = left[point]
         nearest = np.clip(np.rint(at / step) * step, least, most)
         mean[point] = np.square(at - nearest)
+    return float(np.dot(mean, counts))
+
+
+def _clipping(left: Floats, right: Floats, least: float, most: float) -> Floats:
+    """The integral over each bin of the squared distance from ``least..most``."""
+    out: Floats = (_cubed(right - most) - _cubed(left - most) + _cubed(least - left) - _cubed(least - right)) / 3
+    return out
+
+
+def _float_error(left: Floats, right: Floats, counts: Floats, step: float, scheme: Scheme) -> float:
+    """As :func:`squared_error` for float codes: between the middles of two neighbours the error is a parabola."""
+    known = table(scheme.dtype)
+    values = np.unique(known[~np.isnan(known)]) * step
+    middles = (values[1:] + values[:-1]) / 2
+    a, b = np.clip(left, values[0], values[-1]), np.clip(right, values[0], values[-1])
+    from_start = np.concatenate([[0.0], np.cumsum((values[1:] - values[:-1]) ** 3 / 12)])  # from value to value
+
+    def integral(x: Floats) -> Floats:
+        at = np.searchsorted(middles, x)
+        out: Floats = from_start[at] + (x - values[at]) ** 3 / 3
+        return out
+
+    width = right - left
+    total = integral(b) - integral(a) + _clipping(left, right, float(values[0]), float(values[-1]))
+    mean = np.divide(total, width, out=np.zeros_like(width), where=width > 0)
+    point = width <= 0
+    mean[point] = np.square(left[point] - values[np.searchsorted(middles, left[point])])
     return float(np.dot(mean, counts))
 
 
@@ -133,6 +164,8 @@ def entropy_range(histogram: Histogram, scheme: Scheme) -> tuple[float, float]:
     tensor of both signs keeps its own ends: the range is ``max(lo, -t) .. min(hi, t)``, and as many levels are
     counted as ``scheme`` has codes in it.
     """
+    if not scheme.dtype.is_integer:
+        raise RecipeError(f"the least divergence is found among even steps, and <{scheme.text}> has none; use 'mse'")
     lo, hi = min(histogram.lo, 0.0), max(histogram.hi, 0.0)
     counts, first = histogram.counts, histogram.first
     if not len(counts):

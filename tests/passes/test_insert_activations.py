@@ -127,10 +127,10 @@ def test_globs_in_vain() -> None:
         inserted(CHAIN, Planned(), 'activations = "uint8 tensor asym", skip = ["nothing"]')
 
 
-@pytest.mark.parametrize("scheme", ["int8 channel sym", "int8 token sym dynamic", "f8e4m3 tensor sym"])
+@pytest.mark.parametrize("scheme", ["int8 channel sym", "nf4 tensor sym", "f4e2m1 token sym dynamic"])
 def test_schemes_without_a_kernel(scheme: str) -> None:
     assert parse_scheme(scheme)
-    with pytest.raises(RecipeError, match="one scale a tensor; the nearest is 'uint8 tensor asym'"):
+    with pytest.raises(RecipeError, match="or a block b1xM; the nearest is 'uint8 tensor asym'"):
         inserted(CHAIN, Planned(), f'activations = "{scheme}"')
 
 
