@@ -17,12 +17,13 @@ from qcompiler.backends.triton.architectures import Products
 class Claim:
     """One case of a row.
 
-    ``row``: ``torch-cuda/wn.gemv.int4``. ``case``: types, groups, shape and tile, for people. ``run`` calls the family's
-    launcher on tensors of :func:`fake`; every kernel that it launches is compiled. ``products``: what the tensor cores
-    must multiply, None for a kernel without products. ``outputs``: the pointer arguments that kernels may store to.
-    ``wide``: the pointer arguments whose loads from global memory must be 16 bytes a thread; where ``products`` is given,
-    nothing that is loaded from them may be stored before a product or a sum has taken it in. ``loop_weights``: weights
-    that a block takes in one turn of its main loop (bn * bk), for instructions per weight; 0 where that says nothing.
+    ``row``: ``torch-cuda/wn.gemv.int4``. ``case``: types, groups, shape and tile, for people. ``run`` calls the
+    family's launcher on tensors of :func:`fake`; every kernel that it launches is compiled. ``products``: what the
+    tensor cores must multiply, None for a kernel without products. ``outputs``: the pointer arguments that kernels may
+    store to. ``wide``: the pointer arguments whose loads from global memory must be 16 bytes a thread; where
+    ``products`` is given, nothing that is loaded from them may be stored before a product or a sum has taken it in.
+    ``loop_weights``: weights that a block takes in one turn of its main loop (bn * bk), for instructions per weight; 0
+    where that says nothing.
     """
 
     row: str

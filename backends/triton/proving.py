@@ -1,10 +1,11 @@
-"""Proofs without a GPU: every kernel that a launcher would launch is compiled ahead of time, and what came out is judged.
+"""Proofs without a GPU: every kernel that a launcher would launch is compiled ahead of time, and what came out is
+judged.
 
 The launcher runs on fake tensors (:mod:`claims`) under a driver that only names the architecture, so tiles, types,
-alignment and specialisation are those of a real call. A proof fails when registers spill, when shared memory is over the
-architecture's limit, when the tensor-core instructions claimed are absent, when the assembler serializes ``wgmma``, when a
-kernel stores to an argument that is not an output or stores elements of the weights that no product has summed, or when
-weights are loaded fewer than 16 bytes at a time.
+alignment and specialisation are those of a real call. A proof fails when registers spill, when shared memory is over
+the architecture's limit, when the tensor-core instructions claimed are absent, when the assembler serializes
+``wgmma``, when a kernel stores to an argument that is not an output or stores elements of the weights that no product
+has summed, or when weights are loaded fewer than 16 bytes at a time.
 """
 
 from __future__ import annotations
@@ -137,8 +138,8 @@ def needs_triton() -> None:
         import triton
     except ImportError as e:
         raise InputError(
-            "proofs of the torch-cuda kernels compile them with triton, which is not installed: pip install 'triton>=3.6'"
-            " (Linux; a GPU is not needed)"
+            "proofs of the torch-cuda kernels compile them with triton, which is not installed; no GPU is needed:"
+            " pip install 'triton>=3.6' (Linux)"
         ) from e
     if triton.knobs.runtime.interpret:
         raise InputError("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it to prove kernels")
@@ -147,13 +148,13 @@ def needs_triton() -> None:
 def _faults_of_code(name: str, code: Disassembly, shared: int, ptx: str, found: Architecture) -> Iterator[str]:
     if code.stack or code.spills:
         yield (
-            f"{name} spills registers: {code.stack} bytes of stack a thread, {code.spills} spill loads and stores; take a"
-            " smaller tile or more warps"
+            f"{name} spills registers: {code.stack} bytes of stack a thread, {code.spills} spill loads and stores;"
+            " take a smaller tile or more warps"
         )
     if shared > found.shared:
         yield (
-            f"{name} asks for {shared} bytes of shared memory, over the {found.shared} of sm_{found.sm}; take fewer stages"
-            " or a smaller tile"
+            f"{name} asks for {shared} bytes of shared memory, over the {found.shared} of sm_{found.sm};"
+            " take fewer stages or a smaller tile"
         )
     if any(i.startswith(("HGMMA", "IGMMA", "QGMMA")) for i in code.instructions):
         said = SERIALIZED.search(assembler_log(ptx, found.sm))
@@ -244,7 +245,7 @@ def _faults_of_the_whole(
             names = ", ".join(k.name for k in kernels)
             has = ", ".join(sorted(filter(None, held))) or "none"
             need = " or ".join(wanted) or f"of a unit for {claim.products} that sm_{found.sm} does not have"
-            yield f"{names}: the products run outside the tensor cores: no instruction {need} in the code (found: {has})"
+            yield f"{names}: products run outside the tensor cores: no instruction {need} in the code (found: {has})"
 
 
 def prove_claim(claim: Claim, sm: int) -> Proof:

@@ -1,8 +1,8 @@
 """Where stores of a kernel go, what they hold, and how wide its loads are, traced back to the kernel's arguments.
 
-Stores are read from Triton's IR, loads from LLVM's, where their width stands in the instruction. Both are conservative: a
-value derives from every operand of what made it, through loops, branches, block arguments and calls, so a pointer that
-could come from an argument is counted as coming from it.
+Stores are read from Triton's IR, loads from LLVM's, where their width stands in the instruction. Both are
+conservative: a value derives from every operand of what made it, through loops, branches, block arguments and calls,
+so a pointer that could come from an argument is counted as coming from it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _STATIC = ("tt.print", "tt.assert", "tt.call", "tt.return", "scf.yield", "scf.co
 
 @dataclass(frozen=True)
 class Store:
-    """``targets``: pointer arguments it may write to; ``holds``: pointer arguments whose elements it may hold with neither
-    a sum nor a product in between; ``tile``: shape and type of what it writes, ``64x128xbf16``."""
+    """``targets``: pointer arguments it may write to; ``holds``: pointer arguments whose elements it may hold with
+    neither a sum nor a product in between; ``tile``: shape and type of what it writes, ``64x128xbf16``."""
 
     operation: str
     targets: frozenset[str]

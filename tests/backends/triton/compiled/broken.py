@@ -15,7 +15,8 @@ import triton.language as tl
 from qcompiler.backends.triton.claims import Claim, fake
 from qcompiler.backends.triton.launching import launch
 
-M, N, K = 64, 1024, 1024
+M, N, K = 128, 1024, 1024
+ON_CORES, SCRATCH, BEFORE_THE_SUM, NARROW, SERIALIZED, FOREIGN = 1, 2, 3, 4, 5, 6
 
 
 @triton.jit
@@ -23,29 +24,37 @@ def linear_kernel(
     x_ptr, codes_ptr, scales_ptr, scratch_ptr, y_ptr, m, n, k,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BROKEN: tl.constexpr,
 ):  # fmt: skip
-    """Right with ``BROKEN`` 0; 1: products on CUDA cores; 2: the dequantized tile goes through memory; 3: it is stored to
-    the output before the sum; 4: the order of codes makes their loads narrow."""
+    """Right with ``BROKEN`` 0; 1: products on CUDA cores; 2: the dequantized tile goes through memory; 3: it is stored
+    to the output before the sum; 4: the order of codes makes their loads narrow; 5: each product is scaled as it
+    arrives, so that the next cannot start; 6: 2 by an atomic."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
     rk = tl.arange(0, BK)
-    acc = tl.zeros((BN, BM), tl.float32)
+    turned = tl.zeros((BN, BM), tl.float32)
+    acc = tl.zeros((BM, BN), tl.float32)
     for step in range(0, tl.cdiv(k, BK)):
         at = step * BK + rk
-        x = tl.load(x_ptr + rm[None, :] * k + at[:, None])
-        place = rn[:, None] * k + at[None, :]
+        x = tl.load(x_ptr + rm[:, None] * k + at[None, :])
+        place = rn[None, :] * k + at[:, None]
         if BROKEN == 4:
-            place = at[None, :] * n * 3 + rn[:, None] * 3
-        q = tl.load(codes_ptr + place)
-        w = q.to(tl.float16) * tl.load(scales_ptr + step * n + rn)[:, None]
+            place = at[:, None] * n * 3 + rn[None, :] * 3
+        w = tl.load(codes_ptr + place).to(tl.float16)
+        scales = tl.load(scales_ptr + step * n + rn)[None, :]
         if BROKEN == 2:
-            tl.store(scratch_ptr + rn[:, None] * k + at[None, :], w)
+            tl.store(scratch_ptr + rn[None, :] * k + at[:, None], w * scales)
         if BROKEN == 3:
-            tl.store(y_ptr + rn[:, None] * k + at[None, :], w)
+            tl.store(y_ptr + rn[None, :] * k + at[:, None], w * scales)
+        if BROKEN == 6:
+            tl.atomic_add(scratch_ptr + rn[None, :] * k + at[:, None], w * scales)
         if BROKEN == 1:
-            acc += tl.sum(w[:, :, None].to(tl.float32) * x[None, :, :].to(tl.float32), axis=1)
+            acc += tl.sum(x[:, :, None].to(tl.float32) * (w * scales)[None, :, :].to(tl.float32), axis=1)
+        elif BROKEN == 5:
+            turned = tl.dot(tl.trans(w * scales), tl.trans(x), turned)
         else:
-            acc += tl.dot(w, x)
-    tl.store(y_ptr + rm[None, :] * n + rn[:, None], acc.to(tl.float16))
+            acc = tl.dot(x, w * scales, acc)
+    if BROKEN == 5:
+        acc = tl.trans(turned)
+    tl.store(y_ptr + rm[:, None] * n + rn[None, :], acc.to(tl.float16))
 
 
 def linear(broken: int, bm: int, bn: int, bk: int, warps: int, stages: int) -> Callable[[], torch.Tensor]:
@@ -65,7 +74,7 @@ def linear(broken: int, bm: int, bn: int, bk: int, warps: int, stages: int) -> C
     return run
 
 
-def claim(broken: int = 0, bm: int = 64, bn: int = 64, bk: int = 64, warps: int = 4, stages: int = 3) -> Claim:
+def claim(broken: int = 0, bm: int = 128, bn: int = 64, bk: int = 128, warps: int = 4, stages: int = 3) -> Claim:
     """What the good twin claims, of a kernel that may be broken."""
     case = f"broken={broken} {bm}x{bn}x{bk} w{warps} s{stages}"
     run = linear(broken, bm, bn, bk, warps, stages)
@@ -73,12 +82,5 @@ def claim(broken: int = 0, bm: int = 64, bn: int = 64, bk: int = 64, warps: int 
 
 
 GOOD = claim()
-BROKEN = {
-    "spill": claim(bm=256, bn=256, warps=4, stages=2),
-    "CUDA cores": claim(1, bm=16, bn=16, bk=16, stages=1),
-    "scratch": claim(2),
-    "output before the sum": claim(3),
-    "shared": claim(bm=128, bn=128, bk=256, warps=8, stages=5),
-    "narrow": claim(4),
-    "forgotten": replace(GOOD, wide=frozenset({"codes_ptr", "zeros_ptr"})),
-}
+FORGOTTEN = replace(GOOD, wide=frozenset({"codes_ptr", "zeros_ptr"}))
+SPILLING = claim(bm=64, bn=256, bk=16, warps=2, stages=2)

@@ -10,7 +10,9 @@ if os.environ.get("QCOMPILER_TRITON") != "interpreted":
     collect_ignore_glob.append("test_*.py")
 else:
     if os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("QCOMPILER_TRITON=interpreted asks for TRITON_INTERPRET=1, which triton reads when it is imported")
+        raise RuntimeError(
+            "QCOMPILER_TRITON=interpreted asks for TRITON_INTERPRET=1, which triton reads when it is imported"
+        )
     from tests.backends.triton.interpreted import shim
 
     shim.apply()

@@ -1,9 +1,10 @@
 """Mends Triton's interpreter, which computes with the bits of bf16 and of 8-bit floats as if they were integers.
 
-Arrays of ml_dtypes take the place of the bits. Casts go through f32 and saturate towards 8-bit floats, as ``cvt.satfinite``
-of the GPU does; products are exact in f32 (f64 for integers), on BLAS; loads and stores move bits; bf16 atomics read, add
-and write, which is right because programs run one after another; ``dot_scaled`` reads its scales by their type. Two
-faults of triton 3.6 are mended with them: bf16 constants, and ``int()`` of arrays of one element, which NumPy 2.4 refuses.
+Arrays of ml_dtypes take the place of the bits. Casts go through f32 and saturate towards 8-bit floats, as
+``cvt.satfinite`` of the GPU does; products are exact in f32 (f64 for integers), on BLAS; loads and stores move bits;
+bf16 atomics read, add and write, which is right because programs run one after another; ``dot_scaled`` reads its
+scales by their type. Two faults of triton 3.6 are mended with them: bf16 constants, and ``int()`` of arrays of one
+element, which NumPy 2.4 refuses.
 
 Not mended: ``inline_asm_elementwise`` and libdevice do not run; f32 products are not rounded to tf32; the order of sums
 is NumPy's; races, barriers and layouts do not exist.
@@ -68,7 +69,10 @@ def dot(_: Any, a: Any, b: Any, c: Any, *precision: Any) -> Any:
     """``a @ b + c``, [.., M, K] by [.., K, N]."""
     if c.data.dtype.kind in "iu":
         wide = np.float32 if a.data.shape[-1] <= 1024 and a.data.itemsize == 1 else np.float64
-        return Handle(np.matmul(a.data.astype(wide), b.data.astype(wide)).astype(np.int64).astype(np.int32) + c.data, c.dtype.scalar)
+        return Handle(
+            np.matmul(a.data.astype(wide), b.data.astype(wide)).astype(np.int64).astype(np.int32) + c.data,
+            c.dtype.scalar,
+        )
     wide = np.promote_types(np.float32, c.data.dtype) if c.data.dtype == np.float64 else np.float32
     total = np.matmul(a.data.astype(wide), b.data.astype(wide)) + c.data.astype(wide)
     return Handle(total.astype(c.data.dtype), c.dtype.scalar)
@@ -95,7 +99,9 @@ def atomics(before: Callable[..., Any]) -> Callable[..., Any]:
             return before(self, op, pointers, value, mask, sem, scope)
         taken = np.broadcast_to(pointers.data, mask.data.shape)[mask.data]
         if op != ir.ATOMIC_OP.FADD or np.unique(taken).size != taken.size:
-            raise NotImplementedError("bf16 atomics of the interpreter add, each element of a tile to a place of its own")
+            raise NotImplementedError(
+                "bf16 atomics of the interpreter add, each element of a tile to a place of its own"
+            )
         old = masked_load(self, pointers, mask, None)
         masked_store(self, pointers, Handle(old.data + value.data, tl.bfloat16), mask)
         return old
@@ -121,7 +127,17 @@ def _scaled_operand(handle: Any, scale: Any, kind: Any, along_k: bool, right: bo
 
 
 def dot_scaled(
-    self: Any, a: Any, a_scale: Any, a_kind: Any, b: Any, b_scale: Any, b_kind: Any, _fast: Any, a_k: bool, b_k: bool, c: Any
+    self: Any,
+    a: Any,
+    a_scale: Any,
+    a_kind: Any,
+    b: Any,
+    b_scale: Any,
+    b_kind: Any,
+    _fast: Any,
+    a_k: bool,
+    b_k: bool,
+    c: Any,
 ) -> Any:
     left = _scaled_operand(a, a_scale, a_kind, a_k, right=False)
     right = _scaled_operand(b, b_scale, b_kind, b_k, right=True)
