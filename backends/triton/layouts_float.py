@@ -12,8 +12,8 @@ instructions give all four pairs (nibbles side by side: fifteen).
 
 *NF4*. A 16-entry table lookup in PRMT, which picks four bytes out of eight by four nibbles and, where a nibble's bit 3
 is set, gives the picked byte's sign bit eight times. Looking up ``w`` in one table of eight and ``w ^ 0x8888`` in
-another, the exclusive or of both is a lookup in sixteen, provided the wanted bytes of nibbles j and j + 8 agree in bit 7.
-:data:`NF4_ORDER` pairs the codes so that this holds for both bytes of the table in bfloat16, and in float16 for a table
+another, the exclusive or of both is a lookup in sixteen, provided that the bytes wanted of nibbles j and j + 8 agree in
+bit 7. :data:`NF4_ORDER` pairs the codes so that this holds for both bytes of the table in bfloat16, and in float16 for a table
 that is multiplied by :data:`NF4_FACTOR` after it. Nibbles are stored in the order pair 0 low, pair 0 high, pair 1 ...
 """
 
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from qcompiler.dtypes import Array, dtype
 from qcompiler.errors import InputError
-from qcompiler.float_codes import NF4, split_scales, table
+from qcompiler.float_codes import NF4, split_scales
 
 Words = NDArray[np.uint32]
 
@@ -177,12 +177,6 @@ def prmt_tables(bits: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]
 
 def _packed(octet: list[int]) -> int:
     return int.from_bytes(bytes(octet), "little")
-
-
-def values(form: str) -> NDArray[np.float32]:
-    """The value of each code of a float or codebook form, by its bits; NaN where a code is no number."""
-    name = "f4e2m1" if form in E2M1_FORMS else form
-    return table(dtype(name)).astype(np.float32)
 
 
 # -- scales ------------------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """Codes that are floats or indices of NF4 to pairs of 16-bit floats, exactly; scales in e8m0 and e4m3 to f32.
 
-A *pair* is an int32 with two float16 or bfloat16, the lower column in the low half. ``INDEX`` says which pair of a word:
-``hi + 2 s`` of the order in :mod:`qcompiler.backends.triton.layouts`; the words of 4-bit forms are arranged as
-:mod:`qcompiler.backends.triton.layouts_float` says. In the interpreter the same integers are
-computed without PTX.
+A *pair* is an int32 with two float16 or bfloat16, the lower column in the low half. ``INDEX`` says which pair of a
+word: ``hi + 2 s`` of the order in :mod:`qcompiler.backends.triton.layouts`; the words of 4-bit forms are arranged as
+:mod:`qcompiler.backends.triton.layouts_float` says. In the interpreter the same integers are computed without PTX.
 """
 
 import triton
@@ -123,10 +122,28 @@ def picked_bytes(low, high, nibbles):
     return out
 
 
+@triton.constexpr_function
+def _lookups(t0, t1, t2, t3):
+    """PTX of four lookups: $1 nibbles, $2 the same with bit 3 turned."""
+    held = "".join(f"xor.b32 {name}, z, {value}; " for name, value in zip("abcd", (t0, t1, t2, t3), strict=True))
+    picked = "prmt.b32 a, a, b, $1; prmt.b32 c, c, d, $2; xor.b32 $0, a, c;"
+    return "{ .reg .b32 z, a, b, c, d; mov.u32 z, %nsmid; shr.u32 z, z, 31; " + held + picked + " }"
+
+
 @triton.jit
 def _plane(nibbles, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr):
-    """Four lookups in a table of sixteen bytes."""
-    return picked_bytes(T0, T1, nibbles) ^ picked_bytes(T2, T3, nibbles ^ 0x88888888)
+    """Four lookups in a table of sixteen bytes.
+
+    The assembler would write each constant anew before each lookup. It keeps them in registers where it does not see
+    that they are constants: it does not know that a GPU has fewer than 2^31 multiprocessors.
+    """
+    others = nibbles ^ 0x88888888
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _lookups(T0, T1, T2, T3), "=r,r,r", [nibbles, others], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        return picked_bytes(T0, T1, nibbles) ^ picked_bytes(T2, T3, others)
 
 
 @triton.jit
