@@ -13,8 +13,9 @@ instructions give all four pairs (nibbles side by side: fifteen).
 *NF4*. A 16-entry table lookup in PRMT, which picks four bytes out of eight by four nibbles and, where a nibble's bit 3
 is set, gives the picked byte's sign bit eight times. Looking up ``w`` in one table of eight and ``w ^ 0x8888`` in
 another, the exclusive or of both is a lookup in sixteen, provided that the bytes wanted of nibbles j and j + 8 agree in
-bit 7. :data:`NF4_ORDER` pairs the codes so that this holds for both bytes of the table in bfloat16, and in float16 for a table
-that is multiplied by :data:`NF4_FACTOR` after it. Nibbles are stored in the order pair 0 low, pair 0 high, pair 1 ...
+bit 7. :data:`NF4_ORDER` pairs the codes so that this holds for both bytes of the table in bfloat16, and in
+float16 for a table that is multiplied by :data:`NF4_FACTOR` after it. Nibbles are stored in the order pair 0 low, pair
+0 high, pair 1 low and so on.
 """
 
 from __future__ import annotations
