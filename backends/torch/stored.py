@@ -6,6 +6,8 @@ import numpy as np
 
 from qcompiler.backends.onnx.folded import RUN, on_grid
 from qcompiler.backends.torch.judge import Judgement, NodeVerdict
+from qcompiler.backends.torch.nodes_triton import SLOTS, form_at, fragments, number_at
+from qcompiler.dtypes import Array
 from qcompiler.payload import ComputedPayload
 from qcompiler.verify.findings import Finding
 from qcompiler.verify.op_kinds import LOOKUPS, base_name, is_product
@@ -26,13 +28,25 @@ def check_stored(judged: Judgement) -> list[Finding]:
     return out
 
 
+def _unpadded(verdict: NodeVerdict, held: Array) -> Array:
+    """The scales of weights that there are: those of padding are 0, and nothing is multiplied with them."""
+    node = verdict.node
+    slots = None if node is None else SLOTS.get(node.call)
+    if node is None or slots is None:
+        return held[..., 0] if held.ndim == 3 else held
+    if not fragments(slots, node.call, form_at(node.op, slots)):
+        return held
+    group = number_at(node.op, slots.group)
+    return held[..., : -(-node.k // group) if group > 0 else 1, : node.n]
+
+
 def _scales(verdict: NodeVerdict) -> Finding | None:
     value = None if verdict.node is None else verdict.node.scales
     payload = None if value is None else value.payload
     if value is None or payload is None or isinstance(payload, ComputedPayload) or not payload.dtype.is_float:
         return None
     held = payload.array().astype(np.float32)
-    held = held[..., 0] if held.ndim == 3 else held
+    held = _unpadded(verdict, held)
     broken = int(np.count_nonzero(~np.isfinite(held)))
     zeros = int(np.count_nonzero(held == 0))
     if not broken and not zeros:

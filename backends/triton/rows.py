@@ -74,9 +74,10 @@ def takes(form: Form) -> dict[str, frozenset[Any]]:
     }
 
 
-_EXACT = "codes become f16 or bf16 exactly (f32 activations are rounded to bf16)"
-_GEMV = f"{_EXACT}; products are summed in f32, where the scale is applied, and rounded once"
-_GEMM = f"{_EXACT}; code times scale is rounded to that type; products are summed in f32 and rounded once"
+_EXACT = "codes are exact in the activation's f16 or bf16 (f32 ones are rounded to bf16); products are summed in f32"
+_GEMV = f"{_EXACT}, where the scale is applied, under groups of 128 before, rounded with the weight to 16 bits"
+_GEMM = f"{_EXACT}; weight times scale is rounded to 16 bits"
+_ONCE = "the result is rounded once, behind bias, function, factor and summand"
 
 
 def _weight_only(form: Form) -> tuple[KernelRow, KernelRow]:
@@ -93,8 +94,8 @@ def _weight_only(form: Form) -> tuple[KernelRow, KernelRow]:
     }
     gemv, gemm = (row_name(f"wn.{kind}.{form.name}") for kind in ("gemv", "gemm"))
     return (
-        KernelRow(gemv, **common, numerics=_GEMV, m_max=DECODE_ROWS, hands_over=gemm),
-        KernelRow(gemm, **common, numerics=_GEMM, m_min=DECODE_ROWS + 1, rank=1),
+        KernelRow(gemv, **common, numerics=f"{_GEMV}; {_ONCE}", m_max=DECODE_ROWS, hands_over=gemm),
+        KernelRow(gemm, **common, numerics=f"{_GEMM}; {_ONCE}", m_min=DECODE_ROWS + 1, rank=1),
     )
 
 
