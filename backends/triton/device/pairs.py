@@ -1,8 +1,8 @@
 """Pairs: two 16-bit floats, bf16 or fp16, in one int32, the low half first. The unit in which weights are decoded.
 
-Inline assembly keeps a pair in one register and gives one instruction for both halves; bf16 products go through ``fma``,
-which sm_80 has (``mul.bf16x2`` begins at sm_90). The interpreter knows no assembly, so each function has a branch without
-it that computes the same.
+Inline assembly keeps a pair in one register and gives one instruction for both halves; bf16 products go through
+``fma``, which sm_80 has (``mul.bf16x2`` begins at sm_90). The interpreter knows no assembly, so each function has a
+branch without it that computes the same.
 """
 
 import triton
@@ -87,14 +87,17 @@ def multiply_pairs(a, b, BF16: tl.constexpr):
         return join_halves(low * times, high * more)
 
 
+@triton.constexpr_function
+def masked_assembly(shift, mask, magic):
+    shifted = f"shr.b32 t, $1, {shift};" if shift else "mov.b32 t, $1;"
+    return f"{{ .reg .b32 t; {shifted} lop3.b32 $0, t, {mask}, {magic}, 0xea; }}"
+
+
 @triton.jit
 def masked_bits(words, SHIFT: tl.constexpr, MASK: tl.constexpr, MAGIC: tl.constexpr):
     """``words >> SHIFT & MASK | MAGIC``, one shift and one LOP3."""
     if ASM:
-        SHIFTED: tl.constexpr = "shr.b32 t, $1, " + str(SHIFT) + ";" if SHIFT else "mov.b32 t, $1;"
-        LOGIC: tl.constexpr = "lop3.b32 $0, t, " + str(MASK) + ", " + str(MAGIC) + ", 0xea;"
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; " + SHIFTED + LOGIC + " }", "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1
-        )
+        CODE: tl.constexpr = masked_assembly(SHIFT, MASK, MAGIC)
+        return tl.inline_asm_elementwise(CODE, "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1)
     else:
         return ((words >> SHIFT) & MASK) | MAGIC
