@@ -31,7 +31,7 @@ MODELS = ("llama", "llama_tied", "qwen3", "gpt2", "opt", "phi3", "gemma", "bert"
 TRAINED = {"stories260K": "lm/stories260K/hf", "base": "ckpt/_base"}
 """Model directories of the test data; ``base`` has bf16 weights and is read as that."""
 RECIPES = ("w4a16", "w8a16", "w8a8-dynamic")
-SOME = {"llama_tied-w8a16", "gpt2-w8a8-dynamic", "bert-w8a16", "vit-w4a16", "cnn-w8a8-dynamic"}
+SOME = {"llama_tied-w8a16", "gpt2-w8a8-dynamic", "vit-w4a16", "cnn-w8a8-dynamic"}
 SOME |= {"stories260K-w4a16", "base-w8a8-dynamic"}
 
 

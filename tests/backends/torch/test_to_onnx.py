@@ -20,9 +20,11 @@ from qcompiler.backends.torch.sources import with_forward
 from qcompiler.backends.torch.to_onnx import export_onnx
 from qcompiler.errors import InputError
 from tests.backends.torch.exports import ZOO, program, sample, second
+from tests.support import FULL
 from tests.zoo import token_ids
 
 TOLERANCE = 1e-5  # of the largest value
+MODELS = ZOO if FULL else ("mlp", "cnn", "llama_tied", "gpt2", "bert", "vit")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def worst(path: Path, module: nn.Module, args: tuple[Any, ...]) -> float:
     )
 
 
-@pytest.mark.parametrize("name", [*ZOO, "attention"])
+@pytest.mark.parametrize("name", [*MODELS, "attention"])
 def test_onnx_runtime_agrees_with_torch_on_two_shapes(name: str, folder: Path) -> None:
     path = exported(name, folder)
     for args in (sample(name).args, second(name)):
@@ -74,7 +76,7 @@ def readers(path: Path) -> dict[str, list[str]]:
     return {w: [n.op_type for n in graph.node if w in n.input] for w in weights}
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "opt", "bert", "phi3", "gemma", "qwen3"])
+@pytest.mark.parametrize("name", [m for m in MODELS if m not in ("mlp", "cnn", "vit", "whisper")])
 def test_every_weight_has_the_name_of_its_parameter(name: str, folder: Path) -> None:
     module = sample(name).module
     parameters = {n for n, p in module.named_parameters(remove_duplicate=False) if p.ndim >= 2}
