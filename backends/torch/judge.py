@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from qcompiler import dtypes
 from qcompiler.backends.torch.conditions import Setting, broken
 from qcompiler.backends.torch.nodes import INT4, INT8, LowBit, low_bit, low_bit_nodes
-from qcompiler.backends.torch.nodes_triton import row_keys
+from qcompiler.backends.torch.nodes_triton import request_told, row_keys
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.scheme import Scheme
 from qcompiler.sites import Site
@@ -139,12 +139,12 @@ def _blame(out: NodeVerdict, verdict: Verdict, code: str, reason: str, fix: str)
 
 def rows_of(node: LowBit, target: Target) -> list[KernelRow]:
     """The rows of the kernels that ``node`` calls, where the target has any: several where M decides between them."""
+    keys = row_keys(node)
+    if keys:
+        wanted, names = request_told(node).op, {f"{target.name}/{key}" for key in keys}
+        return [r for r in target.rows if r.name in names and r.op == wanted]
     short = "gather" if node.kind == "embedding" else ROWS.get(node.call, "")
-    names = {f"{target.name}/{key}" for key in row_keys(node) or (short,) if key}
-    kinds = {"embedding": "q.embedding"}
-    found = [r for r in target.rows if r.name in names]
-    wanted = kinds.get(node.kind)
-    return [r for r in found if wanted is None or r.op == wanted]
+    return [r for r in target.rows if short and r.name == f"{target.name}/{short}"][:1]
 
 
 def _ask_rows(out: NodeVerdict, node: LowBit, setting: Setting) -> None:
@@ -164,11 +164,14 @@ def _ask_rows(out: NodeVerdict, node: LowBit, setting: Setting) -> None:
             out.kernels[phase.name] = served[0].name
             continue
         text = "; ".join(r.message for r in reasons)
-        _blame(out, "dequant", reasons[0].code, f"phase {phase.name}, M={phase.m}: {text}", reasons[0].fix)
+        verdict: Verdict = "error" if ours else "dequant"
+        _blame(out, verdict, reasons[0].code, f"phase {phase.name}, M={phase.m}: {text}", reasons[0].fix)
         return
 
 
 def _request(node: LowBit, row: KernelRow) -> Request:
+    if row_keys(node):
+        return request_told(node)
     return Request(row.op, node.scheme or Scheme(dtypes.INT8), node.n, node.k, node.activation or dtypes.BF16)
 
 

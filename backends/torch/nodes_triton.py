@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from qcompiler import dtypes
 from qcompiler.backends.torch.nodes import LowBit, argument
 from qcompiler.backends.triton.forms import FORMS
 from qcompiler.backends.triton.layouts import TILE
 from qcompiler.backends.triton.scheme_forms import scheme_told
+from qcompiler.errors import RecipeError
 from qcompiler.ir import Op, Value
 from qcompiler.scheme import Granularity, Scheme, ZeroKind
+from qcompiler.target import Request
 from qcompiler.verify.flow import source_of
 
 
@@ -43,6 +46,8 @@ SLOTS: dict[str, Slots] = {
 """Operators that hold a weight, without overload."""
 BIAS, MUL, RESIDUAL = 5, 6, 7
 """Where both linears have what is computed behind the product."""
+BLOCK = 128
+"""Rows and columns that share a scale of a weight in 8-bit codes, where it has blocks."""
 
 
 def tensor_at(op: Op, index: int) -> Value | None:
@@ -112,6 +117,38 @@ def _scheme(op: Op, call: str, form: str) -> Scheme | None:
     several = scales is None or math.prod(scales.tensor.static_shape or (2,)) > 1
     per: Granularity = "channel" if several else "tensor"
     return scheme_told(form, max(number_at(op, slots.group), 0), zero, per)
+
+
+def activation_codes(op: Op) -> Scheme | None:
+    """How the codes of the activation of a ``a8_linear`` are scaled, as its arguments tell it."""
+    x, scale, block = argument(op, 0), argument(op, 1), number_at(op, 10)
+    element = x.tensor.dtype if isinstance(x, Value) else None
+    if element is None or not isinstance(scale, Value):
+        return None
+    try:
+        if block > 0:
+            return Scheme(element, "block", group=(1, block), dynamic=True)
+        one = scale.tensor.static_shape is not None and math.prod(scale.tensor.static_shape) == 1
+        constant = scale.payload is not None
+        return Scheme(element, "tensor") if one and constant else Scheme(element, "token", dynamic=True)
+    except RecipeError:
+        return None
+
+
+def request_told(node: LowBit) -> Request:
+    """What the call asks of a kernel, as far as its arguments tell it."""
+    scheme, op = node.scheme or Scheme(dtypes.INT8), node.op
+    element = op.results[0].tensor.dtype or dtypes.BF16
+    if node.call == A8_LINEAR:
+        x = activation_codes(op)
+        name = "q.linear_static" if x is not None and not x.dynamic else "q.linear_dyn"
+        if x is not None and x.granularity == "block" and node.scales is not None:
+            blocks = node.scales.tensor.rank == 2
+            scheme = Scheme(scheme.dtype, "block", group=(BLOCK, BLOCK)) if blocks else scheme
+        return Request(name, scheme.with_axis(1), max(node.n, 1), max(node.k, 1), element, x=x)
+    name = {"embedding": "q.embedding", "experts": "q.experts"}.get(node.kind, "q.linear")
+    activation = element if node.kind == "embedding" else node.activation or element
+    return Request(name, scheme.with_axis(1), max(node.n, 1), max(node.k, 1), activation)
 
 
 def row_keys(node: LowBit) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qcompiler import dtypes, float_codes
 from qcompiler.backends.torch.nodes import argument
-from qcompiler.backends.torch.nodes_triton import A8_LINEAR, SLOTS, form_at, fragments, number_at
+from qcompiler.backends.torch.nodes_triton import A8_LINEAR, BLOCK, SLOTS, form_at, fragments, number_at
 from qcompiler.backends.triton import layouts
 from qcompiler.backends.triton.forms import form_called
 from qcompiler.dtypes import Array
@@ -19,8 +19,6 @@ from qcompiler.ir import Op, Value
 
 Arrays = Callable[[Value], Array | None]
 Floats = NDArray[np.float64]
-BLOCK = 128
-"""Rows and columns that share a scale of a weight in 8-bit codes, where it has blocks."""
 
 
 def weight_of(op: Op, arrays: Arrays, rows: int | None = None) -> Floats | None:
