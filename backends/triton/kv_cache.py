@@ -28,7 +28,7 @@ _WRITTEN = 16
 """Tokens a program writes."""
 _COMBINED = 16
 """Parts that are combined at a time."""
-_ROWS = 64
+_ROWS = 32
 """Query heads that share a head of the cache and are multiplied at a time, at most."""
 _WAVES = 2
 """Blocks a processor holds at a time: two fit the shared memory with the tiles that ship."""
