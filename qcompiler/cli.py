@@ -250,8 +250,16 @@ def targets(json: JsonOpt = False) -> int:
 
 @app.command(short_help="List the kernels of a target.")
 @command
-def kernels(target: TargetOpt = "ort-cpu", json: JsonOpt = False) -> int:
+def kernels(
+    target: TargetOpt = "ort-cpu",
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Compile each kernel of torch-cuda and judge its code; no GPU is needed.")
+    ] = False,
+    json: JsonOpt = False,
+) -> int:
     """List the kernels of a target: what each takes, in which phases, and what showed that it stays fused."""
+    if prove:
+        return _prove(target, json)
     from qcompiler import api
     from qcompiler.cli_tables import kernel_json, print_kernels
 
@@ -261,6 +269,21 @@ def kernels(target: TargetOpt = "ort-cpu", json: JsonOpt = False) -> int:
     else:
         print_kernels(rows)
     return ACCEPTED
+
+
+def _prove(target: str, json: bool) -> int:
+    """Prove the kernels of a target; rejected when one claim fails."""
+    from qcompiler.cli_tables import print_proofs, proof_json
+
+    with working(quiet=json) as progress:
+        from qcompiler.backends.triton import families
+
+        proofs = families.prove_target(target, progress)
+    if json:
+        print_json([proof_json(p) for p in proofs])
+    else:
+        print_proofs(proofs)
+    return ACCEPTED if all(p.holds for p in proofs) else REJECTED
 
 
 @app.command(short_help="Explain a finding code.")

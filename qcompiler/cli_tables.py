@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qcompiler.api import Inspection, TargetInfo
+    from qcompiler.backends.triton.proving import KernelFigures, Proof
     from qcompiler.ir import Graph
     from qcompiler.planning import Plan, PlannedSite
 
@@ -141,3 +142,46 @@ def _kernel_cells(row: KernelRow) -> tuple[str, ...]:
 def kernel_json(row: KernelRow) -> dict[str, Any]:
     """A row as JSON values; sets become sorted lists."""
     return {k: sorted(v) if isinstance(v, frozenset) else v for k, v in asdict(row).items()}
+
+
+def print_proofs(proofs: Sequence[Proof]) -> None:
+    """One line a kernel that was compiled, then the faults."""
+    show(lambda width: proof_parts(proofs, width))
+
+
+def proof_parts(proofs: Sequence[Proof], width: int) -> list[RenderableType]:
+    from rich.text import Text
+
+    columns = ("row", "case", "kernel", "regs", "shared", "spills", "tensor cores", "load", "ins/weight", "verdict")
+    cells = [cell for proof in proofs for cell in _proof_cells(proof)]
+    right = ("regs", "shared", "spills", "load", "ins/weight")
+    parts: list[RenderableType] = [table(columns, cells, width=width, right=right, keep=("row", "verdict"))]
+    failed = [p for p in proofs if not p.holds]
+    parts += [Text(f"\n{p.row} {p.case}, sm_{p.sm}: {fault}") for p in failed for fault in p.faults]
+    kernels = plural(sum(len(p.kernels) for p in proofs), "kernel")
+    held = f"{len(proofs) - len(failed)} of {plural(len(proofs), 'claim')} proved"
+    parts.append(Text(f"\n{kernels} compiled; {held}; verdict: {'rejected' if failed else 'accepted'}"))
+    return parts
+
+
+def _proof_cells(proof: Proof) -> list[tuple[str, ...]]:
+    verdict = "proved" if proof.holds else "failed"
+    if not proof.kernels:
+        return [(proof.row, proof.case, *[NONE] * 7, verdict)]
+    return [
+        (proof.row, proof.case, k.name, *_figure_cells(k), verdict)
+        if i == 0
+        else ("", "", k.name, *_figure_cells(k), "")
+        for i, k in enumerate(proof.kernels)
+    ]
+
+
+def _figure_cells(k: KernelFigures) -> tuple[str, ...]:
+    matrix = f"{k.matrix_count} {k.matrix}" if k.matrix else NONE
+    load = {0: NONE, 1024: "tile"}.get(k.narrowest, f"{k.narrowest} B")
+    each = f"{k.per_weight:.2f}" if k.per_weight else NONE
+    return (str(k.registers), human_bytes(k.shared), str(k.spills), matrix, load, each)
+
+
+def proof_json(proof: Proof) -> dict[str, Any]:
+    return {**asdict(proof), "holds": proof.holds}
