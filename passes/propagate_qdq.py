@@ -178,6 +178,8 @@ def sink_dequantize(op: Op, rw: Rewriter) -> list[Value]:
         raise rw.declined("the dequantize of a constant, of groups or of tokens", quiet=True)
     if not all(same_parameters(dq, p) for p in pairs[1:]):
         raise rw.declined(f"'{op.label}' joins codes of different scales", quiet=True)
+    if kind != "permute" and not dq.attrs["scheme"].dtype.is_integer:
+        raise rw.declined(f"'{op.label}' is not sure to take {dq.attrs['scheme'].dtype} codes")
     operands = list(op.operands)
     for i, p in zip(slots, pairs, strict=True):
         operands[i] = p.operand(0)
