@@ -50,8 +50,8 @@ def read_proof(text: str) -> Proof:
 
 
 def proved(claims: Iterable[Claim], sm: int) -> list[Proof]:
-    """As :func:`proving.prove`, from the cache where it holds the proof. What does not hold is proved again each
-    time.""" needs_triton()
+    """As :func:`proving.prove`, from the cache where it holds the proof; failures are never kept."""
+    needs_triton()
     return [_proved(claim, sm) for claim in claims if claim.least_sm <= sm]
 
 
