@@ -11,23 +11,23 @@ import triton.language as tl
 from qcompiler.backends.triton import layouts_float
 from qcompiler.backends.triton.device.pairs import ASM, BOTH, multiply_pairs
 
-_TABLES = {bf16: layouts_float.prmt_tables(layouts_float.nf4_bits(bf16)) for bf16 in (False, True)}
-_FACTOR = int(layouts_float.NF4_FACTOR.view("uint16"))
+_BITS = {bf16: layouts_float.nf4_bits(bf16) for bf16 in (False, True)}
+_TABLES = {bf16: layouts_float.prmt_tables(bits) for bf16, bits in _BITS.items()}
 
 
-def _word(table: int, upper: bool) -> tl.constexpr:
-    return tl.constexpr(table >> 32 if upper else table & 0xFFFFFFFF)
+@triton.constexpr_function
+def table_word(bf16, plane, number):
+    """Word ``number`` of the four that hold the two lookup tables for byte ``plane`` of NF4's 16-bit floats."""
+    return _TABLES[bf16][plane][number // 2] >> (32 * (number % 2)) & 0xFFFFFFFF
 
 
-_F16_LOW_0, _F16_LOW_1 = _word(_TABLES[False][0][0], False), _word(_TABLES[False][0][0], True)
-_F16_LOW_2, _F16_LOW_3 = _word(_TABLES[False][0][1], False), _word(_TABLES[False][0][1], True)
-_F16_HIGH_0, _F16_HIGH_1 = _word(_TABLES[False][1][0], False), _word(_TABLES[False][1][0], True)
-_F16_HIGH_2, _F16_HIGH_3 = _word(_TABLES[False][1][1], False), _word(_TABLES[False][1][1], True)
-_BF16_LOW_0, _BF16_LOW_1 = _word(_TABLES[True][0][0], False), _word(_TABLES[True][0][0], True)
-_BF16_LOW_2, _BF16_LOW_3 = _word(_TABLES[True][0][1], False), _word(_TABLES[True][0][1], True)
-_BF16_HIGH_0, _BF16_HIGH_1 = _word(_TABLES[True][1][0], False), _word(_TABLES[True][1][0], True)
-_BF16_HIGH_2, _BF16_HIGH_3 = _word(_TABLES[True][1][1], False), _word(_TABLES[True][1][1], True)
-_NF4_FACTOR = tl.constexpr(_FACTOR)
+@triton.constexpr_function
+def four_values(bf16, first):
+    """NF4's 16-bit floats for nibbles ``first .. first + 3``, in 64 bits."""
+    return sum(_BITS[bf16][first + i] << (16 * i) for i in range(4))
+
+
+NF4_FACTOR = tl.constexpr(int(layouts_float.NF4_FACTOR.view("uint16")))
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ _NF4_FACTOR = tl.constexpr(_FACTOR)
 def float_pair(words, INDEX: tl.constexpr, FORM: tl.constexpr, BF16: tl.constexpr):
     """Pair ``INDEX`` of int32 ``words`` as int32: the exact values of a float form's codes, those of nf4 rounded."""
     if FORM == "nf4":
-        return _nf4_pair(words, INDEX, BF16)
+        return nf4_pair(words, INDEX, BF16, ASM)
     elif FORM == "f8e4m3":
         return _e4m3_pair(words, INDEX, BF16)
     elif FORM == "f8e5m2":
@@ -123,7 +123,7 @@ def picked_bytes(low, high, nibbles):
 
 
 @triton.constexpr_function
-def _lookups(t0, t1, t2, t3):
+def lookup_ptx(t0, t1, t2, t3):
     """PTX of four lookups: $1 nibbles, $2 the same with bit 3 turned."""
     held = "".join(f"xor.b32 {name}, z, {value}; " for name, value in zip("abcd", (t0, t1, t2, t3), strict=True))
     picked = "prmt.b32 a, a, b, $1; prmt.b32 c, c, d, $2; xor.b32 $0, a, c;"
@@ -131,34 +131,47 @@ def _lookups(t0, t1, t2, t3):
 
 
 @triton.jit
-def _plane(nibbles, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr):
-    """Four lookups in a table of sixteen bytes.
+def _plane(nibbles, PLANE: tl.constexpr, BF16: tl.constexpr):
+    """Byte ``PLANE`` of the values of four nibbles.
 
     The assembler would write each constant anew before each lookup. It keeps them in registers where it does not see
     that they are constants: it does not know that a GPU has fewer than 2^31 multiprocessors.
     """
+    T0: tl.constexpr = table_word(BF16, PLANE, 0)
+    T1: tl.constexpr = table_word(BF16, PLANE, 1)
+    T2: tl.constexpr = table_word(BF16, PLANE, 2)
+    T3: tl.constexpr = table_word(BF16, PLANE, 3)
     others = nibbles ^ 0x88888888
     if ASM:
         return tl.inline_asm_elementwise(
-            _lookups(T0, T1, T2, T3), "=r,r,r", [nibbles, others], dtype=tl.uint32, is_pure=True, pack=1
+            lookup_ptx(T0, T1, T2, T3), "=r,r,r", [nibbles, others], dtype=tl.uint32, is_pure=True, pack=1
         )
     else:
         return picked_bytes(T0, T1, nibbles) ^ picked_bytes(T2, T3, others)
 
 
 @triton.jit
-def _nf4_pair(words, INDEX: tl.constexpr, BF16: tl.constexpr):
+def _value(nibble, BF16: tl.constexpr):
+    """The bits of the float that a nibble stands for, looked up without PRMT."""
+    four = tl.where(nibble < 4, four_values(BF16, 0), four_values(BF16, 4))
+    four = tl.where(nibble < 8, four, tl.where(nibble < 12, four_values(BF16, 8), four_values(BF16, 12)))
+    return ((four.to(tl.uint64) >> ((nibble & 3) * 16).to(tl.uint64)) & 0xFFFF).to(tl.uint32)
+
+
+@triton.jit
+def nf4_pair(words, INDEX: tl.constexpr, BF16: tl.constexpr, PLANES: tl.constexpr):
+    """A pair of NF4 values. ``PLANES``: from lookups of bytes, which is fast in PRMT and slow in the interpreter."""
     nibbles = words.to(tl.uint32, bitcast=True)
-    if INDEX >= 2:
-        nibbles = nibbles >> 16
-    if BF16:
-        low = _plane(nibbles, _BF16_LOW_0, _BF16_LOW_1, _BF16_LOW_2, _BF16_LOW_3)
-        high = _plane(nibbles, _BF16_HIGH_0, _BF16_HIGH_1, _BF16_HIGH_2, _BF16_HIGH_3)
+    if PLANES:
+        if INDEX >= 2:
+            nibbles = nibbles >> 16
+        low, high = _plane(nibbles, 0, BF16), _plane(nibbles, 1, BF16)
+        pair = picked_bytes(low, high, low * 0 + (0x7362 if INDEX % 2 else 0x5140))
     else:
-        low = _plane(nibbles, _F16_LOW_0, _F16_LOW_1, _F16_LOW_2, _F16_LOW_3)
-        high = _plane(nibbles, _F16_HIGH_0, _F16_HIGH_1, _F16_HIGH_2, _F16_HIGH_3)
-    pair = picked_bytes(low, high, low * 0 + (0x7362 if INDEX % 2 else 0x5140)).to(tl.int32, bitcast=True)
-    return pair if BF16 else _times(pair, _NF4_FACTOR, BF16)
+        nibbles = nibbles >> (8 * INDEX)
+        pair = _value(nibbles & 15, BF16) | (_value((nibbles >> 4) & 15, BF16) << 16)
+    pair = pair.to(tl.int32, bitcast=True)
+    return pair if BF16 else _times(pair, NF4_FACTOR, BF16)
 
 
 # -- scales ------------------------------------------------------------------------------------------------------
