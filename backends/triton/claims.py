@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from typing import TYPE_CHECKING, Any
 
 from qcompiler.backends.triton.architectures import Products
+
+if TYPE_CHECKING:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,15 @@ class Claim:
 @functools.cache
 def fake_mode() -> FakeTensorMode:
     """The mode that all fake tensors of this process belong to."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     return FakeTensorMode()
 
 
 def fake(shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Any:
     """A tensor on a GPU that need not be there: shape, dtype and strides in elements, no memory."""
+    import torch
+
     with fake_mode():
         if strides is None:
             return torch.empty(tuple(shape), dtype=dtype, device="cuda")

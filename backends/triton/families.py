@@ -21,6 +21,7 @@ FAMILIES = ("weight_only", "quantizing", "scaled", "embedding", "kv_cache", "gro
 
 def claims(sm: int, rows: str = "*", families: tuple[str, ...] = FAMILIES) -> Iterator[Claim]:
     """What the kernels claim for compute capability ``sm``; ``rows`` is a glob over names of rows."""
+    importlib.import_module("torch")  # first: its import registers the operators of every family
     for name in families:
         module = importlib.import_module(f"qcompiler.backends.triton.{name}")
         for claim in module.claims(sm):

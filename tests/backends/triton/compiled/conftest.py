@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import torch  # noqa: F401  # first: its import registers the operators of every family
+
 collect_ignore_glob: list[str] = []
 
 if os.environ.get("QCOMPILER_TRITON") != "compiled":
