@@ -16,29 +16,53 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 PYTEST_ARGS ?=
+TRITON_ARGS ?=
+
+# The oldest triton that is supported and the newest there was when these tests last passed. There is triton for Linux
+# alone. It needs no torch of its own: each stands in a folder that Python looks into first.
+TRITONS ?= $(if $(filter Linux,$(shell uname -s)),3.6.0 3.9.0)
+TRITON_TESTS := tests/backends/triton
 
 # The oldest torch that is supported and the newest there was when these tests last passed.
 TORCHES ?= 2.11.0 2.15.0
 MATRIX_TESTS ?= tests/backends/torch tests/acceptance/test_torch.py
 
-.PHONY: help test lint demo matrix format clean
+.PHONY: help test lint triton demo matrix format clean
 
 help:
 	@echo 'make test    lint, then every test (PYTEST_ARGS="tests/passes -k fuse" narrows it)'
+	@echo 'make triton  kernels in the interpreter and ahead of time, with each triton of TRITONS="$(TRITONS)"'
 	@echo 'make demo    compile, verify and measure the small trained model in models/'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make matrix  the torch tests with each torch of TORCHES="$(TORCHES)", each in an environment of its own'
 	@echo 'make format  let ruff rewrite the files'
 	@echo 'make clean   remove the environment and the caches'
 
-# The summary line of pytest stays the last line of the output.
-test: lint
+# The summary line of pytest stays the last line of the output. Where PYTEST_ARGS narrows the tests, kernels are left out.
+test: lint $(if $(PYTEST_ARGS),,triton)
 	$(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy qcompiler
+
+# Interpreted and compiled kernels cannot share a process: triton reads TRITON_INTERPRET when it is imported.
+triton: $(TRITONS:%=triton-%)
+
+triton-%: .triton-%/.installed $(VENV)/.installed-dev
+	@echo 'triton $*, interpreted'
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.triton-$* QCOMPILER_TRITON=interpreted TRITON_INTERPRET=1 \
+		$(PY) -m pytest -q -n $(WORKERS) $(TRITON_TESTS)/interpreted $(TRITON_ARGS)
+	@echo 'triton $*, compiled ahead of time'
+	PYTHONPATH=$(CURDIR)/.triton-$* QCOMPILER_TRITON=compiled \
+		$(PY) -m pytest -q -n $(WORKERS) $(TRITON_TESTS)/compiled $(TRITON_ARGS)
+
+.PRECIOUS: .triton-%/.installed .venv-torch-%/.installed
+.triton-%/.installed: | $(PY)
+	rm -rf $(@D)
+	$(PIP) install --no-deps --target $(@D) 'triton==$*'
+	@touch $@
 
 demo: $(VENV)/.installed-cpu
 	$(PY) -m qcompiler.demo
@@ -63,7 +87,7 @@ format: $(VENV)/.installed-dev
 	$(PY) -m ruff format
 
 clean:
-	rm -rf $(VENV) .venv-torch-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* .triton-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # Stamps are written last, so an installation that was cut short is done again. The build tool is installed first and
 # builds without isolation: pip's constraints do not reach into an isolated build.
