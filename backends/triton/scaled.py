@@ -89,8 +89,9 @@ class Call:
 
     def parts(self, sm: int) -> bool:
         """Whether each 128 columns are summed apart."""
-        floats = self.x.dtype != torch.int8
-        return bool(self.block or self.blocks or self.group or (floats and self.k > LONG and sm < NATIVE))
+        if self.block or self.blocks or self.group:
+            return True
+        return self.x.dtype != torch.int8 and (self.four or (self.k > LONG and sm < NATIVE))
 
 
 # -- checks --------------------------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def linear_cuda(
     rows, m = as_rows(x), x.numel() // max(c.k, 1)
     parts = c.parts(sm)
     if parts or c.four:
-        tile = replace(tile, bk=BLOCK)
+        tile = replace(tile, bk=BLOCK, bn=min(tile.bn, BLOCK))
     blocks = -(-m // tile.bm) * -(-n // tile.bn)
     partial = torch.empty((tile.split, m, n), dtype=torch.float32, device=x.device) if tile.split > 1 else None
     epilogue = [None if t is None else t.contiguous() for t in (bias, mul, residual)]

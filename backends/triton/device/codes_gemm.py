@@ -11,35 +11,49 @@ from qcompiler.backends.triton.device.epilogue import finish
 from qcompiler.backends.triton.device.weight_only import place
 
 
-@triton.jit
-def nibble(words, HI: tl.constexpr, LO: tl.constexpr, S: tl.constexpr):
-    """The code at column ``8 HI + LO + 16 S`` (plus what the word stands for) of each word, int32."""
-    return (words >> (16 * LO + 4 * HI + 8 * S)) & 15
+HIGHEST = tl.constexpr(0x80808080 - (1 << 32))
+"""The highest bit of each byte of an int32."""
 
 
 @triton.jit
-def widened(value, zero, code: tl.constexpr):
-    """``value - zero`` (-15..15, exact) as an activation's code."""
+def four_bytes(words, zero, HI: tl.constexpr):
+    """Of each word the four codes ``8 HI`` columns on, minus ``zero`` (0..15), as the signed bytes of one word.
+
+    Bytes do not borrow from each other: 128 is added to each before and taken off, by its highest bit, after.
+    """
+    spread = zero * 0x01010101
+    return ((((words >> (4 * HI)) & 0x0F0F0F0F) | HIGHEST) - spread) ^ HIGHEST
+
+
+@triton.jit
+def one_float(words, zero, HI: tl.constexpr, LO: tl.constexpr, S: tl.constexpr):
+    """The code at column ``8 HI + LO + 16 S`` minus ``zero``, f16: in the mantissa of 1024 a code is itself."""
+    shifted = (((words >> (16 * LO + 4 * HI + 8 * S)) & 15) | 0x6400).to(tl.int16)
+    return shifted.to(tl.float16, bitcast=True) - (zero + 1024).to(tl.float16)
+
+
+@triton.jit
+def half_word(words, zero, HI: tl.constexpr, code: tl.constexpr):
+    """``[BN, 16]`` words to ``[BN, 16, s, lo]`` codes of the activation, exact."""
     if code == tl.int8:
-        return (value - zero).to(tl.int8)
+        bytes = four_bytes(words, zero, HI)
+        a = bytes.to(tl.int8)
+        b = (bytes >> 8).to(tl.int8)
+        c = (bytes >> 16).to(tl.int8)
+        d = (bytes >> 24).to(tl.int8)
     else:
-        return (value - zero).to(tl.float32).to(code)
+        a = one_float(words, zero, HI, 0, 0).to(code)
+        b = one_float(words, zero, HI, 0, 1).to(code)
+        c = one_float(words, zero, HI, 1, 0).to(code)
+        d = one_float(words, zero, HI, 1, 1).to(code)
+    return tl.join(tl.join(a, b), tl.join(c, d))
 
 
 @triton.jit
 def unpacked(words, zero, BN: tl.constexpr, code: tl.constexpr):
     """int32 fragments ``[BN, 16]`` of 4-bit codes to ``[BN, 128]`` codes of the activation; ``zero`` is ``[BN, 1]``."""
-    a = widened(nibble(words, 0, 0, 0), zero, code)
-    b = widened(nibble(words, 0, 0, 1), zero, code)
-    c = widened(nibble(words, 0, 1, 0), zero, code)
-    d = widened(nibble(words, 0, 1, 1), zero, code)
-    e = widened(nibble(words, 1, 0, 0), zero, code)
-    f = widened(nibble(words, 1, 0, 1), zero, code)
-    g = widened(nibble(words, 1, 1, 0), zero, code)
-    h = widened(nibble(words, 1, 1, 1), zero, code)
-    low = tl.join(tl.join(a, b), tl.join(c, d))  # [BN, 16, s, lo]
-    high = tl.join(tl.join(e, f), tl.join(g, h))
-    split = tl.reshape(tl.join(low, high), (BN, 4, 4, 2, 2, 2))  # n, c, h, s, lo, hi
+    halves = tl.join(half_word(words, zero, 0, code), half_word(words, zero, 1, code))
+    split = tl.reshape(halves, (BN, 4, 4, 2, 2, 2))  # n, c, h, s, lo, hi
     return tl.reshape(tl.permute(split, (0, 2, 3, 5, 1, 4)), (BN, 128))
 
 
@@ -53,12 +67,12 @@ def product(x, w, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
-def scaled(acc, by_row, by_column, SWAP: tl.constexpr):
-    """``acc`` times a factor a row of x and one a row of w, each a vector."""
-    if SWAP:
-        return acc * by_row[None, :] * by_column[:, None]
+def factor(by, ROWS: tl.constexpr, SWAP: tl.constexpr):
+    """A vector along rows of x (or of w), so that it broadcasts over a product."""
+    if ROWS == SWAP:
+        return by[None, :]
     else:
-        return acc * by_row[:, None] * by_column[None, :]
+        return by[:, None]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -97,7 +111,8 @@ def codes_gemm_kernel(
     :func:`epilogue.reduce_kernel`. Grid: ``(tiles, SPLIT)``. Pointers are None where there is nothing.
 
     ``X_SCALE``: of the tensor, a row, or a row and 128 columns (0, 1, 2). ``W_SCALE``: of the tensor, a row, 128 x 128,
-    or a row and ``128 * SHARED`` columns (0, 1, 2, 3); ``scales_stride`` is from one row of scales to the next.
+    or a row and ``128 * SHARED`` columns (0, 1, 2, 3); ``scales_stride`` is from one row of scales to the next. With
+    scales of 128 x 128, BN is at most 128.
     ``FOUR``: the codes are 4-bit fragments. ``EVEN``: K is a multiple of BK.
     """
     code = x_ptr.dtype.element_ty
@@ -118,8 +133,6 @@ def codes_gemm_kernel(
     else:
         zeros = tl.zeros((BM, BN), total)
         acc = tl.zeros((BM, BN), tl.float32 if PARTS else total)
-    by_row = tl.full((BM,), 1.0, tl.float32)
-    by_col = tl.full((BN,), 1.0, tl.float32)
     if FOUR:
         slab = tl.full((), 1024, tl.int64) * tl.cdiv(N, 64)
         w_at = codes_ptr + near_cols[:, None] * 16 + tl.arange(0, 16)[None, :]
@@ -143,29 +156,29 @@ def codes_gemm_kernel(
         else:
             w = tl.load(w_at + k[None, :], mask=k[None, :] < K, other=0.0)
         if PARTS:
+            part = product(x, w, zeros, SWAP).to(tl.float32)
             if X_SCALE == 2:
-                by_row = tl.load(x_scale_ptr + near_rows * tl.cdiv(K, 128) + turn)
-            if W_SCALE == 2:
-                by_col = tl.load(scales_ptr + near_cols // 128 * scales_stride + turn).to(tl.float32)
-            elif W_SCALE == 3:
-                by_col = tl.load(scales_ptr + (turn // SHARED) * scales_stride + near_cols).to(tl.float32)
-            acc += scaled(product(x, w, zeros, SWAP).to(tl.float32), by_row, by_col, SWAP)
+                by = tl.load(x_scale_ptr + near_rows * tl.cdiv(K, 128) + turn)
+                if W_SCALE == 2:
+                    by *= tl.load(scales_ptr + right * BN // 128 * scales_stride + turn).to(tl.float32)
+                part *= factor(by, True, SWAP)
+            elif W_SCALE == 2:
+                part *= tl.load(scales_ptr + right * BN // 128 * scales_stride + turn).to(tl.float32)
+            if W_SCALE == 3:
+                by_group = tl.load(scales_ptr + (turn // SHARED) * scales_stride + near_cols).to(tl.float32)
+                part *= factor(by_group, False, SWAP)
+            acc += part
         else:
             acc = product(x, w, acc, SWAP)
     y = acc.to(tl.float32)
     if X_SCALE == 0:
         y *= tl.load(x_scale_ptr)
     elif X_SCALE == 1:
-        by_row = tl.load(x_scale_ptr + near_rows)
-    else:
-        by_row = tl.full((BM,), 1.0, tl.float32)
+        y *= factor(tl.load(x_scale_ptr + near_rows), True, SWAP)
     if W_SCALE == 0:
         y *= tl.load(scales_ptr).to(tl.float32)
     elif W_SCALE == 1:
-        by_col = tl.load(scales_ptr + near_cols).to(tl.float32)
-    else:
-        by_col = tl.full((BN,), 1.0, tl.float32)
-    y = scaled(y, by_row, by_col, SWAP)
+        y *= factor(tl.load(scales_ptr + near_cols).to(tl.float32), False, SWAP)
     if SWAP:
         down_rows, along = rows[None, :], cols[:, None]
     else:
