@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from qcompiler.errors import RecipeError
 from qcompiler.ir import Graph, Op, Value
@@ -21,9 +21,13 @@ Entry = Callable[[Op, Choice], Value | Sequence[Value]]
 
 def entry_point(choice: Choice) -> Entry:
     """The function ``module:name`` that writes the kernel's node."""
-    module, _, name = choice.row.entry.partition(":")
-    found: Entry = getattr(importlib.import_module(module), name)
+    found: Entry = _function(choice.row.entry)
     return found
+
+
+def _function(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def asked(op: Op) -> Request:
@@ -51,6 +55,7 @@ class ChooseLayout(Pass):
         target = ctx.need_target("choose-layout")
         if self.kernel:
             target.row(self.kernel)
+        behind: dict[str, None] = {}
         for op in [o for o in graph.walk() if is_lowered(o)]:
             if op.erased:
                 continue
@@ -63,9 +68,12 @@ class ChooseLayout(Pass):
                 continue
             element = asked(op).activation.name
             _replace(op, entry_point(choice)(op, choice))
+            behind |= {row.behind: None for _, row in choice.rows if row.behind}
             if site is not None:
                 site.status, site.kernel = "fused", choice.kernels()
                 site.stats[ACTIVATION] = element
+        for path in behind:
+            _function(path)(graph, ctx)
 
     def _choose(self, op: Op, target: Target, ctx: Context) -> Choice | None:
         request = asked(op)

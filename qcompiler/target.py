@@ -61,17 +61,20 @@ class Request:
 class KernelRow:
     """One kernel: which requests it serves, on which chips, at which M, and how it is written down.
 
-    ``codes`` are dtype names, ``groups`` the group sizes it takes, ``blocks`` the sizes of blocks, ``zeros`` the kinds of
-    zero point, ``scales`` the types that scales are kept in (``float``: that of the weight), ``needs`` the chip
+    ``codes`` are dtype names, ``groups`` the group sizes it takes, ``blocks`` the sizes of blocks, ``zeros`` the kinds
+    of zero point, ``scales`` the types that scales are kept in (``float``: that of the weight), ``needs`` the chip
     features, ``m_max`` the largest M at which it does not materialise the dequantized weight (None: any), ``session``
-    the runtime's session keys (name, value) without which the kernel is not taken. Where several kernels share an entry point, each serves M from
-    ``m_min`` to ``m_max`` and ``hands_over`` what is above to the row of that name. ``epilogues`` are what it computes
-    behind the product before it rounds: ``bias``, ``mul``, ``residual``, and functions.
+    the runtime's session keys (name, value) without which the kernel is not taken.
+
+    Where several kernels share an entry point, each serves M from ``m_min`` to ``m_max`` and ``hands_over`` what is
+    above to the row of that name. ``epilogues`` are what it computes behind the product before it rounds: ``bias``,
+    ``mul``, ``residual``, and functions; ``behind`` is the function ``module:name`` of the lowered graph that takes
+    such ops into its calls, once all are written.
 
     Kernels that compute on codes of activations: ``x_codes`` and ``y_codes`` are the code types of the activation and
     of the result (``float`` among the latter: a float result), ``x_zeros`` the kinds of zero point of the activation,
-    ``x_granularities`` what shares one of its scales (``x_blocks`` of which sizes); ``dynamic`` kernels choose the activation's parameters
-    themselves. ``one_zero``: one zero point serves all channels.
+    ``x_granularities`` what shares one of its scales (``x_blocks`` of which sizes); ``dynamic`` kernels choose the
+    activation's parameters themselves. ``one_zero``: one zero point serves all channels.
     ``fns``: the functions of a ``q.apply``; ``traits``: what it does beyond the plain case; ``opset``: the oldest that
     has its node. ``slower``: (activation, M, share): from M rows on it reaches that share of the speed of the float op
     on the same activation, up to the M of the next entry; 1 or more is not slower.
@@ -112,6 +115,7 @@ class KernelRow:
     scales: frozenset[str] = frozenset({"float"})
     blocks: frozenset[tuple[int, int]] = frozenset()
     x_blocks: frozenset[tuple[int, int]] = frozenset()
+    behind: str = ""
 
     def serves_rows(self, m: int) -> bool:
         """False where M rows are for another kernel of the same entry point."""

@@ -7,6 +7,7 @@ import numpy as np
 from qcompiler.backends.onnx.folded import RUN, on_grid
 from qcompiler.backends.torch.judge import Judgement, NodeVerdict
 from qcompiler.backends.torch.nodes_triton import SLOTS, form_at, fragments, number_at
+from qcompiler.backends.triton.layouts import ROWS
 from qcompiler.dtypes import Array
 from qcompiler.payload import ComputedPayload
 from qcompiler.verify.findings import Finding
@@ -37,7 +38,12 @@ def _unpadded(verdict: NodeVerdict, held: Array) -> Array:
     if not fragments(slots, node.call, form_at(node.op, slots)):
         return held
     group = number_at(node.op, slots.group)
-    return held[..., : -(-node.k // group) if group > 0 else 1, : node.n]
+    held = held[..., : -(-node.k // group) if group > 0 else 1, : node.n]
+    if node.kind != "embedding" or held.shape[-1] != node.rows:
+        return held
+    # A table does not say how many rows it has; those at the end of its last 64 may be none.
+    used = np.flatnonzero(held.any(axis=0))
+    return held[:, : max(int(used[-1]) + 1 if used.size else 0, node.rows - ROWS + 1)]
 
 
 def _scales(verdict: NodeVerdict) -> Finding | None:

@@ -31,6 +31,7 @@ FLOATS = frozenset({"f32", "f16", "bf16"})
 AMPERE = frozenset({"cuda", "sm_80"})
 FUNCTIONS = frozenset({"relu", "silu", "gelu", "gelu_tanh"})
 EPILOGUES = FUNCTIONS | {"bias", "mul", "residual"}
+BEHIND = "qcompiler.backends.triton.epilogues:absorb"
 WIDE_GROUPS = frozenset({32, 64, 128, 256, 512, 1024})
 _LAYOUT = "qcompiler.backends.triton.layouts:pack_codes"
 
@@ -90,6 +91,7 @@ def _weight_only(form: Form) -> tuple[KernelRow, KernelRow]:
         "layout": _LAYOUT,
         "needs": AMPERE,
         "epilogues": EPILOGUES,
+        "behind": BEHIND,
         "evidence": proved("test_weight_only.py"),
     }
     gemv, gemm = (row_name(f"wn.{kind}.{form.name}") for kind in ("gemv", "gemm"))

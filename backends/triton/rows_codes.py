@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qcompiler.backends.triton.rows import AMPERE, EPILOGUES, FLOATS, proved, row_name
+from qcompiler.backends.triton.rows import AMPERE, BEHIND, EPILOGUES, FLOATS, proved, row_name
 from qcompiler.requests import BATCHED, SHARED
 from qcompiler.target import KernelRow
 
@@ -48,6 +48,7 @@ def _product(name: str, op: str, codes: frozenset[str], x: frozenset[str], **mor
         "dynamic": dynamic,
         "traits": frozenset({BATCHED, SHARED} if dynamic else {BATCHED}),
         "epilogues": EPILOGUES,
+        "behind": BEHIND,
     }
     return KernelRow(row_name(name), op, codes=codes, **(fields | more))
 
