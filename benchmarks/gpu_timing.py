@@ -30,14 +30,14 @@ class Region:
 
 
 def l2_bytes(device: torch.device) -> int:
-    """Bytes of the L2 cache; 64 MiB where it is not told."""
-    if device.type != "cuda":
-        return 1 << 20
+    """Bytes of the L2 cache of a GPU; 64 MiB where it is not told."""
     return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20))
 
 
 def copies_needed(layer_bytes: int, device: torch.device) -> int:
-    """Copies of a layer that together leave the L2 cache behind."""
+    """Copies of a layer that together leave the L2 cache behind; two on a CPU, where nothing is measured."""
+    if device.type != "cuda":
+        return 2
     return max(2, min(COPIES, -(-L2_TIMES * l2_bytes(device) // max(layer_bytes, 1))))
 
 
