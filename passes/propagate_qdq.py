@@ -144,8 +144,19 @@ def _reshaped_scheme(
 # -- activations ---------------------------------------------------------------------------------------------
 
 _MOVERS = sorted(PERMUTE | REPEAT | SELECT | CONCAT | {"onnx.Pad"})
+_NO_FLOATS = frozenset(
+    f"aten.{n}.default" for n in ("roll", "flip", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+)
+"""Reorderings that torch does not have for 8-bit floats. ONNX Runtime has none at all."""
 _AS_COPY = {"aten.view.default": "aten.reshape.default", "aten._unsafe_view.default": "aten.reshape.default"}
 """Codes may have other strides than the floats had, and a view of those may be none of these."""
+
+
+def _check_floats(rw: Rewriter, mover: Op, scheme: Scheme) -> None:
+    """Decline where ``scheme`` has float codes that ``mover`` may not take."""
+    moves = mover.name.startswith("aten.") and movement_kind(mover) == "permute" and mover.name not in _NO_FLOATS
+    if not (scheme.dtype.is_integer or moves):
+        raise rw.declined(f"'{mover.label}' does not take {scheme.dtype} codes")
 
 
 def _on_codes(rw: Rewriter, mover: Op, operands: list[Value | None], scheme: Scheme) -> list[Value]:
@@ -178,8 +189,7 @@ def sink_dequantize(op: Op, rw: Rewriter) -> list[Value]:
         raise rw.declined("the dequantize of a constant, of groups or of tokens", quiet=True)
     if not all(same_parameters(dq, p) for p in pairs[1:]):
         raise rw.declined(f"'{op.label}' joins codes of different scales", quiet=True)
-    if kind != "permute" and not dq.attrs["scheme"].dtype.is_integer:
-        raise rw.declined(f"'{op.label}' is not sure to take {dq.attrs['scheme'].dtype} codes")
+    _check_floats(rw, op, dq.attrs["scheme"])
     operands = list(op.operands)
     for i, p in zip(slots, pairs, strict=True):
         operands[i] = p.operand(0)
@@ -223,6 +233,7 @@ def hoist_quantize(op: Op, rw: Rewriter) -> Value:
     source = mover.operands[0]
     assert source is not None
     scheme: Scheme = op.attrs["scheme"]
+    _check_floats(rw, mover, scheme)
     hint = f"{source.name}_q"
     codes = rw.op(
         "q.quantize",

@@ -234,7 +234,8 @@ class Integer:
 
     def run(self, name: str) -> Array:
         """The result of the op called ``name``."""
-        like = next((a for a in self.arrays if a is not None and dtype_of(a.dtype).is_float), np.zeros((), F32.storage))
+        floats = (a for a in self.arrays if a is not None and dtype_of(a.dtype).is_float and a.dtype.itemsize > 1)
+        like = next(floats, np.zeros((), F32.storage))  # what has a byte is codes
         match name:
             case "q.linear_static":
                 return self.finish(self.product(self.activation(0, "x_scheme"), 3), 7, like)

@@ -34,7 +34,9 @@ def _result(op: Op, first: int, *, optional: bool) -> None:
     if optional and "y_scheme" not in op.attrs:
         if op.operand(first) is not None or op.operand(first + 1) is not None:
             fail(op, "a float result has no scale and no zero point")
-        if op.result.tensor.dtype is not None and not op.result.tensor.dtype.is_float:
+        if op.result.tensor.dtype is not None and not (
+            op.result.tensor.dtype.is_float and op.result.tensor.dtype.bits > 8
+        ):
             fail(op, f"the result is {op.result.tensor.dtype}; codes need a y_scheme")
         return
     scheme = _static(op, "y_scheme")

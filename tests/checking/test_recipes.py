@@ -13,6 +13,9 @@ from qcompiler import api
 from qcompiler import recipe as recipes
 from qcompiler.backends import backend_of
 from qcompiler.backends.onnx.emit import emit_onnx
+from qcompiler.backends.onnx.running import runnable
+from qcompiler.calibrate.calibrator import Calibrator
+from qcompiler.calibrate.data import open_data
 from qcompiler.checking import CheckHook, told
 from qcompiler.cli import status
 from qcompiler.errors import InputError, RecipeError, RejectedError
@@ -54,6 +57,35 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_pass_of_a_recipe_keeps_its_promise(recipe: str, net: Path, tmp_path: Path) -> None:
     data = samples(2) if recipe in STATIC else None
     kept(api.compile(net, recipe=recipe, calibration=data, check=True, out=tmp_path / "o.onnx").report)
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [
+        ('"nf4 g64 sym", clip = "mse"', ""),
+        ('"f4e2m1 g32 sym scale=f8e8m0"', ""),
+        ('"f4e2m1 g16 sym scale=f8e4m3"', ""),
+        ('"f8e4m3 b16x32 sym"', "f8e4m3 b1x16 sym dynamic"),
+        ('"f8e4m3 channel sym", convs = "f8e4m3 channel sym"', "f8e4m3 tensor sym"),
+        ('"f8e4m3 channel sym"', "f8e5m2 token sym dynamic"),
+        ('"int4 g32 sym"', "int8 token sym dynamic"),
+    ],
+)
+def test_float_codes_keep_the_promise_of_their_scheme(weights: str, activations: str) -> None:
+    """Without a target: every product is fused, and each value stays within half a gap of its codes."""
+    made = small()
+    steps = f', correct-bias, insert-activation-qdq{{activations = "{activations}"}}' if activations else ""
+    text = f"normalise, insert-qdq{{weights = {weights}}}{steps}, fold-constants, propagate-qdq, fold-qdq, fuse-integer"
+    hook = CheckHook(BACKEND.runner, samples(2), BACKEND.kernel_error)
+    ctx = Context(None, calibration=Calibrator(open_data(samples(2)), runnable))
+    run(made, recipes.parse_line(f"{text}, fuse-linear, dce").passes, ctx, [hook])
+    assert all(c.error <= c.bound for c in hook.results)
+    lossy = [c for c in hook.results if c.name.startswith("insert")]
+    assert all(c.compared for c in lossy)
+    assert max(c.error for c in lossy) > 0.2  # of 0.5: the bound is no looser than it has to be
+    kinds = {op.name for op in made}
+    assert not kinds & {"onnx.MatMul", "onnx.Gemm"}
+    assert kinds & {"q.linear", "q.linear_dyn", "q.linear_static"}
 
 
 @pytest.mark.parametrize("name", ["mlp", "tiny_cnn", "tiny_llama"])

@@ -309,6 +309,26 @@ def test_a_linear_with_a_float_code_an_activation(text: str) -> None:
     assert np.array_equal(chosen[0], scale)
 
 
+@pytest.mark.parametrize("element", [F32, BF16])
+def test_a_linear_on_float_codes_gives_floats(element: DType) -> None:
+    """The codes are floats too, and not those that the result is rounded to."""
+    rng = np.random.default_rng(4)
+    static, weights = parse_scheme("f8e4m3 tensor sym"), parse_scheme("f8e4m3 tensor sym")
+    x, w = (rng.standard_normal(s).astype(static.dtype.storage) for s in ((3, 16), (5, 16)))
+    xs, ws = np.array(0.5, element.storage), np.array([[2.0]], element.storage)
+    attrs = {"scheme": weights.with_axis(1), "x_scheme": static}
+    found = numerics.evaluate("q.linear_static", [x, xs, None, w, ws, None, None], attrs)
+    assert np.array_equal(found, (x.astype(np.float64) @ w.astype(np.float64).T).astype(element.storage))
+    codes = numerics.evaluate(
+        "q.linear_static",
+        [x, xs, None, w, ws, None, None, np.array(0.25, element.storage), None],
+        attrs | {"y_scheme": static},
+    )
+    exact = (x.astype(np.float64) @ w.astype(np.float64).T) / 0.25
+    assert codes.dtype == static.dtype.storage
+    assert np.array_equal(codes.astype(float), exact.astype(np.float32).astype(static.dtype.storage).astype(float))
+
+
 def test_activations_in_blocks_of_a_row() -> None:
     x = np.arange(-5, 19, dtype=np.float32).reshape(2, 12) / 8
     scheme = parse_scheme("f8e4m3 b1x8 sym dynamic")
