@@ -8,7 +8,7 @@ and the factors that SmoothQuant could not fold, each rounded to the dtype of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from qcompiler.backends.triton.launching import launch, sm_of
 from qcompiler.backends.triton.registering import register
 from qcompiler.backends.triton.tiles import Tile, tile_for
+from qcompiler.backends.triton.weight_only import rows_of
 from qcompiler.errors import InputError
 
 if TYPE_CHECKING:
@@ -153,12 +154,6 @@ def _static_fake(x: torch.Tensor, scale: torch.Tensor, smooth: torch.Tensor | No
 # -- launchers -----------------------------------------------------------------------------------------------
 
 
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """``x[.., K]`` as ``[M, K]`` whose columns lie side by side; copied only where that is not so already."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
-
-
 def _width(k: int, tile: Tile) -> int:
     """Columns at a time: a power of two that holds the row, or the tile's."""
     return min(max(1 << (k - 1).bit_length(), BLOCK), tile.bk)
@@ -182,7 +177,7 @@ def rows_cuda(
     k = x.shape[-1]
     if not x.numel():
         return codes, scale.fill_(1.0)
-    rows = as_rows(x)
+    rows = rows_of(x)
     tile = tile or tile_for("quantize", sm_of(x.device), rows.shape[0], 1, k)
     width = _width(k, tile)
     constants = {"DIVISOR": DIVISOR[code], "LARGEST": LARGEST[code], "WIDTH": width}
@@ -211,7 +206,7 @@ def static_cuda(
     codes = torch.empty(x.shape, dtype=code, device=x.device)
     if not x.numel():
         return codes
-    rows = as_rows(x)
+    rows = rows_of(x)
     m, k = rows.shape
     tile = tile or tile_for("quantize", sm_of(x.device), m, 1, k)
     width = _width(k, tile)
@@ -254,42 +249,38 @@ register(
 _CASES: tuple[tuple[torch.dtype, torch.dtype, int, int, bool, bool], ...] = (
     (torch.bfloat16, torch.int8, 4096, 0, False, False),
     (torch.bfloat16, torch.int8, 4096, 0, True, True),
-    (torch.float16, torch.int8, 28672, 0, True, False),
+    (torch.float16, torch.int8, 28672, 0, True, True),
     (torch.bfloat16, torch.float8_e4m3fn, 8192, 0, False, True),
     (torch.bfloat16, torch.float8_e4m3fn, 4096, BLOCK, False, True),
-    (torch.bfloat16, torch.float8_e5m2, 4095, 0, False, False),
+    (torch.float32, torch.float8_e5m2, 4095, 0, False, False),
 )
 """Activation, codes, K, block, smooth, norm."""
 
 
 def claims(sm: int) -> Iterator[Claim]:
-    """What is proved of these kernels for ``sm``: dynamic and static, with and without what is fused."""
+    """What is proved of these kernels for ``sm``: dynamic, with and without what is fused, and static."""
     from qcompiler.backends.triton.claims import Claim, fake
 
-    for element, code, k, block, smooth, norm in _CASES:
-        if code == torch.float8_e4m3fn and sm < 89:
-            continue
+    row, outputs = "torch-cuda/quantize", frozenset({"y_ptr", "scale_ptr"})
 
-        def dynamic(
-            element: torch.dtype = element,
-            code: torch.dtype = code,
-            k: int = k,
-            block: int = block,
-            smooth: bool = smooth,
-            norm: bool = norm,
-        ) -> object:
+    def dynamic(
+        element: torch.dtype, code: torch.dtype, k: int, block: int, smooth: bool, norm: bool
+    ) -> Callable[[], object]:
+        def run() -> object:
             vectors = [fake((k,), torch.float32) if given else None for given in (smooth, norm)]
             return rows_cuda(fake((4096, k), element), vectors[0], vectors[1], 1e-5, code, block)
 
-        def static(
-            element: torch.dtype = element, code: torch.dtype = code, k: int = k, smooth: bool = smooth
-        ) -> object:
-            factors = fake((k,), torch.float32) if smooth else None
-            return static_cuda(fake((4096, k), element), fake((), torch.float32), factors, code)
+        return run
 
+    for element, code, k, block, smooth, norm in _CASES:
         fused = "".join(f" {name}" for name, given in (("smooth", smooth), ("norm", norm)) if given)
-        case = f"{element} to {codes_name(code)} K={k}{fused}".replace("torch.", "")
-        outputs = frozenset({"y_ptr", "scale_ptr"})
-        if not block:
-            yield Claim("torch-cuda/quantize", f"static {case}", static, None, outputs)
-        yield Claim("torch-cuda/quantize", f"{'b128' if block else 'token'} {case}", dynamic, None, outputs)
+        case = f"{str(element)[6:]} to {codes_name(code)} {'b128' if block else 'token'} K={k}{fused}"
+        least = 89 if code == torch.float8_e4m3fn else 80  # the assembler of sm_80 has no casts to e4m3
+        run = dynamic(element, code, k, block, smooth, norm)
+        wide = frozenset({"x_ptr"}) if k % BLOCK == 0 else frozenset[str]()
+        yield Claim(row, case, run, None, outputs, wide, least)
+
+    def static() -> object:
+        return static_cuda(fake((4096, 4096), torch.bfloat16), fake((), torch.float32), None, torch.int8)
+
+    yield Claim(row, "bf16 to int8 static K=4096", static, None, outputs, frozenset({"x_ptr"}))

@@ -12,156 +12,28 @@ multiple of 128.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from qcompiler.backends.triton import layouts
 from qcompiler.backends.triton.architectures import architecture
 from qcompiler.backends.triton.launching import launch, sm_of
-from qcompiler.backends.triton.quantizing import BLOCK, FLOATS, as_rows
+from qcompiler.backends.triton.quantizing import BLOCK
 from qcompiler.backends.triton.registering import register
+from qcompiler.backends.triton.scaled_call import CODES, SHIFTS, Call, check_call, refused
 from qcompiler.backends.triton.tiles import Tile, tile_for
-from qcompiler.errors import InputError
+from qcompiler.backends.triton.weight_only import finished, rows_like, rows_of
 
-CODES = {"int8": torch.int8, "f8e4m3": torch.float8_e4m3fn, "f8e5m2": torch.float8_e5m2}
-"""Forms of 8-bit weights, and of activations."""
-SHIFTS = {"int4": 8, "uint4": 0}
-"""Forms of 4-bit weights, and what is added to their codes where they are stored."""
-LONG = 4096
-"""Columns over which 8-bit floats are summed apart, 128 at a time, on sm_89 and sm_90: their tensor cores keep some 14
-bits of a sum (DeepSeek-V3 technical report, section 3.3.2), and truncate."""
-NATIVE = 100
-"""The compute capability from which sums of 8-bit floats are whole f32."""
+if TYPE_CHECKING:
+    from qcompiler.backends.triton.claims import Claim
+
 REDUCED = (4, 256)
 """Tile of the kernel that adds up partial sums."""
 CHUNK = 1024
 """Rows of the weight that the reference widens at a time."""
-
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "none": lambda y: y,
-    "relu": torch.relu,
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
-}
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one call of the operator, but for the epilogue's."""
-
-    x: torch.Tensor
-    x_scale: torch.Tensor
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-    n: int
-    group: int
-    block: int
-    form: str
-
-    @property
-    def k(self) -> int:
-        return self.x.shape[-1]
-
-    @property
-    def four(self) -> bool:
-        return self.form in SHIFTS
-
-    @property
-    def per_row(self) -> bool:
-        """The activation has a scale a row, not one for all. A vector's one row has both."""
-        return not self.block and self.x_scale.dim() > 1
-
-    @property
-    def blocks(self) -> bool:
-        """The weight has a scale for each 128 x 128."""
-        return not self.four and self.scales.dim() == 2
-
-    @property
-    def kernel(self) -> str:
-        """The row that serves it, without its target."""
-        if self.four:
-            return "a8.gemm.w4"
-        return "a8.gemm.int8" if self.form == "int8" else "a8.gemm.f8"
-
-    def parts(self, sm: int) -> bool:
-        """Whether each 128 columns are summed apart."""
-        if self.block or self.blocks or self.group:
-            return True
-        return self.x.dtype != torch.int8 and (self.four or (self.k > LONG and sm < NATIVE))
-
-
-# -- checks --------------------------------------------------------------------------------------------------
-
-
-def _refuse(what: str) -> InputError:
-    return InputError(f"qcompiler::a8_linear: {what}")
-
-
-def _check(c: Call, act: str, out: torch.dtype, bias: torch.Tensor | None, *whole: torch.Tensor | None) -> None:
-    """Raise InputError unless types and shapes fit; ``whole`` are operands of the result's shape."""
-    if c.form not in CODES and not c.four:
-        raise _refuse(f"no weights of form {c.form!r}; there are {', '.join([*CODES, *SHIFTS])}")
-    if c.x.dtype not in CODES.values() or c.x.dim() < 1:
-        raise _refuse(f"the activation is codes [.., K] of int8, e4m3 or e5m2, not {c.x.dtype}{list(c.x.shape)}")
-    if not c.four and (c.x.dtype == torch.int8) != (c.form == "int8"):
-        raise _refuse(f"{c.form} weights do not multiply {c.x.dtype} activations; quantize both to int8, or to floats")
-    if c.four and c.x.dtype == torch.float8_e5m2:
-        raise _refuse("4-bit weights go up to 15, which e5m2 does not hold; quantize the activation to e4m3 or int8")
-    if c.block not in (0, BLOCK):
-        raise _refuse(f"activations have scales for {BLOCK} columns (block={BLOCK}) or a row (0), not {c.block}")
-    _check_codes(c)
-    _check_scales(c)
-    if act not in _ACTIVATIONS:
-        raise _refuse(f"no activation {act!r}; there are {', '.join(_ACTIVATIONS)}")
-    if out not in FLOATS:
-        raise _refuse(f"results are f32, f16 or bf16, not {out}")
-    if bias is not None and tuple(bias.shape) != (c.n,):
-        raise _refuse(f"the bias is [N={c.n}], not {list(bias.shape)}")
-    for operand in whole:
-        if operand is not None and operand.shape != (*c.x.shape[:-1], c.n):
-            raise _refuse(f"mul and residual are {[*c.x.shape[:-1], c.n]} as the result, not {list(operand.shape)}")
-
-
-def _check_codes(c: Call) -> None:
-    want = layouts.fragment_shape(c.n, c.k, c.form) if c.four else (c.n, c.k)
-    kind = torch.int32 if c.four else CODES[c.form]
-    if c.codes.dtype != kind or tuple(c.codes.shape) != want:
-        raise _refuse(
-            f"{c.form} codes for N={c.n}, K={c.k} are {kind}{list(want)}, not {c.codes.dtype}{list(c.codes.shape)}"
-        )
-    if c.four and (c.group < 0 or c.group % layouts.TILE):
-        raise _refuse(
-            f"4-bit weights have scales for whole rows (group=0) or groups of a multiple of {layouts.TILE}, not "
-            f"{c.group}; quantize with such groups, or leave the activation in floats (wn_linear)"
-        )
-    if not c.four and (c.group or c.zeros is not None):
-        raise _refuse(f"{c.form} weights have neither groups nor zero points")
-
-
-def _check_scales(c: Call) -> None:
-    blocks = -(-c.k // BLOCK)
-    if c.block:
-        fits = tuple(c.x_scale.shape) == (*c.x.shape[:-1], blocks)
-    elif c.per_row:
-        fits = tuple(c.x_scale.shape) == (*c.x.shape[:-1], 1)
-    else:
-        fits = c.x_scale.numel() == 1
-    if not fits or c.x_scale.dtype != torch.float32:
-        want = [*c.x.shape[:-1], blocks] if c.block else f"{[*c.x.shape[:-1], 1]}, [1] or []"
-        raise _refuse(f"scales of the activation are f32 {want}, not {c.x_scale.dtype}{list(c.x_scale.shape)}")
-    if c.four:
-        shapes = [(layouts.scale_rows(c.k, c.group), layouts.padded(c.n, layouts.ROWS))]
-    else:
-        shapes = [(c.n,), (1,), (-(-c.n // BLOCK), blocks)]
-    if tuple(c.scales.shape) not in shapes or c.scales.dtype not in FLOATS:
-        want = " or ".join(str(list(s)) for s in shapes)
-        raise _refuse(f"scales of {c.form} weights are floats {want}, not {c.scales.dtype}{list(c.scales.shape)}")
-    if c.zeros is not None and (c.zeros.dtype != torch.uint8 or c.zeros.shape != c.scales.shape):
-        raise _refuse(f"zero points are uint8{list(c.scales.shape)}, not {c.zeros.dtype}{list(c.zeros.shape)}")
 
 
 # -- reference -----------------------------------------------------------------------------------------------
@@ -206,20 +78,13 @@ def _reference(
     out: torch.dtype,
 ) -> torch.Tensor:
     c = Call(x, x_scale, codes, scales, zeros, n, group, block, form)
-    _check(c, act, out, bias, mul, residual)
+    check_call(c, act, out, bias, mul, residual)
     wide = x.double() * (_spread(x_scale, c.k) if block else x_scale.double())
     y = torch.empty((*x.shape[:-1], n), dtype=torch.float64, device=x.device)
     for start in range(0, n, CHUNK):
         stop = min(start + CHUNK, n)
         y[..., start:stop] = wide @ _widened(c, start, stop).T
-    if bias is not None:
-        y += bias.double()
-    y = _ACTIVATIONS[act](y)
-    if mul is not None:
-        y = y * mul.double()
-    if residual is not None:
-        y = y + residual.double()
-    return y.to(out)
+    return finished(y.float(), bias, act, mul, residual, out)
 
 
 def _fake(
@@ -238,7 +103,7 @@ def _fake(
     act: str,
     out: torch.dtype,
 ) -> torch.Tensor:
-    _check(Call(x, x_scale, codes, scales, zeros, n, group, block, form), act, out, bias, mul, residual)
+    check_call(Call(x, x_scale, codes, scales, zeros, n, group, block, form), act, out, bias, mul, residual)
     return x.new_empty((*x.shape[:-1], n), dtype=out)
 
 
@@ -274,21 +139,22 @@ def linear_cuda(
     from qcompiler.backends.triton.device.epilogue import reduce_kernel
 
     c = Call(x, x_scale, codes, scales, zeros, n, group, block, form)
-    _check(c, act, out, bias, mul, residual)
+    check_call(c, act, out, bias, mul, residual)
     sm = sm_of(x.device)
     if x.dtype != torch.int8 and not architecture(sm).native_f8:
-        raise _refuse(f"sm_{sm} has no products of 8-bit floats, sm_89 and later do; quantize the activation to int8")
+        raise refused(f"sm_{sm} has no products of 8-bit floats, sm_89 and later do; quantize the activation to int8")
     y = torch.empty((*x.shape[:-1], n), dtype=out, device=x.device)
     if not y.numel():
         return y
     tile = tile or tile_of(c, sm)
-    rows, m = as_rows(x), x.numel() // max(c.k, 1)
+    rows, m = rows_of(x), x.numel() // max(c.k, 1)
     parts = c.parts(sm)
     if parts or c.four:
         tile = replace(tile, bk=BLOCK, bn=min(tile.bn, BLOCK))
     blocks = -(-m // tile.bm) * -(-n // tile.bn)
     partial = torch.empty((tile.split, m, n), dtype=torch.float32, device=x.device) if tile.split > 1 else None
-    epilogue = [None if t is None else t.contiguous() for t in (bias, mul, residual)]
+    whole = tuple(y.shape)
+    epilogue = (None if bias is None else bias.contiguous(), rows_like(mul, whole), rows_like(residual, whole))
     launch(
         codes_gemm_kernel,
         (blocks, tile.split),
@@ -343,3 +209,86 @@ register(
     fake=_fake,
     cuda=linear_cuda,
 )
+
+
+# -- claims --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Case:
+    """``form`` of the weight, ``code`` of the activation, M, N, K, scales of 128 x 128, groups, zero points."""
+
+    form: str
+    code: str
+    m: int
+    n: int = 4096
+    k: int = 4096
+    blocks: bool = False
+    group: int = 0
+    asym: bool = False
+
+    def __str__(self) -> str:
+        scales = "b128" if self.blocks else f"g{self.group}" if self.group else "channel"
+        return f"{self.code} x {self.form} {scales}{' asym' if self.asym else ''} M={self.m} {self.n}x{self.k}"
+
+    def arguments(self) -> Call:
+        """Fake tensors."""
+        from qcompiler.backends.triton.claims import fake
+
+        spans = -(-self.k // BLOCK)
+        x = fake((self.m, self.k), CODES[self.code])
+        x_scale = fake((self.m, spans if self.blocks else 1), torch.float32)
+        zeros = None
+        if self.form in SHIFTS:
+            codes = fake(layouts.fragment_shape(self.n, self.k, self.form), torch.int32)
+            laid = (layouts.scale_rows(self.k, self.group), layouts.padded(self.n, layouts.ROWS))
+            scales = fake(laid, torch.bfloat16)
+            zeros = fake(laid, torch.uint8) if self.asym else None
+        else:
+            codes = fake((self.n, self.k), CODES[self.form])
+            scales = fake((-(-self.n // BLOCK), spans) if self.blocks else (self.n,), torch.float32)
+        return Call(x, x_scale, codes, scales, zeros, self.n, self.group, BLOCK * self.blocks, self.form)
+
+    def run(self) -> object:
+        c = self.arguments()
+        given = (c.x, c.x_scale, c.codes, c.scales, c.zeros, None, None, None, c.n, c.group, c.block, c.form)
+        return linear_cuda(*given, "none", torch.bfloat16)
+
+
+_CASES = (
+    _Case("int8", "int8", 1),
+    _Case("int8", "int8", 4096),
+    _Case("int8", "int8", 100, n=1000, k=1040),
+    _Case("f8e4m3", "f8e4m3", 1),
+    _Case("f8e4m3", "f8e4m3", 4096),
+    _Case("f8e4m3", "f8e4m3", 4096, k=14336),
+    _Case("f8e4m3", "f8e4m3", 4096, blocks=True),
+    _Case("f8e4m3", "f8e5m2", 64),
+    _Case("int4", "int8", 1, group=128),
+    _Case("int4", "int8", 4096, group=128, asym=True),
+    _Case("int4", "f8e4m3", 4096, group=128),
+    _Case("uint4", "f8e4m3", 1, asym=True),
+)
+
+
+def claims(sm: int) -> Iterator[Claim]:
+    """What is proved of the kernel for ``sm``: decode and prefill of each row, with the tiles of its table."""
+    from qcompiler.backends.triton.claims import Claim
+
+    for case in _CASES:
+        c = case.arguments()
+        floats = case.code != "int8"
+        if floats and not architecture(sm).native_f8:
+            continue
+        tile = tile_of(c, sm)
+        weights = tile.bn * (BLOCK if c.four or c.parts(sm) else tile.bk)
+        yield Claim(
+            f"torch-cuda/{c.kernel}",
+            f"{case} tile {tile.bm}x{tile.bn}x{tile.bk} w{tile.warps} s{tile.stages} split {tile.split}",
+            case.run,
+            "f8" if floats else "i8",
+            frozenset({"y_ptr", "partial_ptr"}),
+            frozenset({"codes_ptr"}),
+            89 if floats else 80,
+            weights,
+        )
