@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
-import triton
 import triton.language as tl
 
 from qcompiler.backends.triton import weight_only
@@ -17,49 +17,44 @@ from tests.backends.triton.interpreted.comparing import check_linear
 from tests.backends.triton.weight_cases import draw
 
 values, parameters, pairs_of = unpack._values, unpack._parameters, unpack.integer_pair
+zero_pairs = unpack.zero_pairs
 
 
-@triton.jit
-def zero_after_scale(
-    words, zero, rest, scale, INDEX: tl.constexpr, FORM: tl.constexpr, ZEROS: tl.constexpr, SCALED: tl.constexpr,
-    BF16: tl.constexpr,
-):  # fmt: skip
+def given(function: Any, args: tuple[Any, ...], **changed: Any) -> Any:
+    """Call a function of the kernel with some arguments changed; the interpreter runs Python."""
+    names = list(inspect.signature(function.fn).parameters)
+    return function(*(changed.get(name, value) for name, value in zip(names, args, strict=True)))
+
+
+def argument(function: Any, args: tuple[Any, ...], name: str) -> Any:
+    return args[list(inspect.signature(function.fn).parameters).index(name)]
+
+
+def zero_after_scale(*args: Any) -> Any:
     """``q * s - z`` for ``(q - z) * s``."""
-    none = unpack.twice(tl.zeros_like(zero).to(tl.float32) + 1024, BF16)
-    pair = values(words, none, rest, scale, INDEX, FORM, ZEROS, SCALED, BF16)
-    return unpack.subtract_pairs(pair, unpack.subtract_pairs(zero, none, BF16), BF16)
+    zero, bf16 = argument(values, args, "zero"), argument(values, args, "BF16")
+    none = unpack.twice(tl.zeros_like(zero).to(tl.float32) + 1024, bf16)
+    return unpack.subtract_pairs(given(values, args, zero=none), unpack.subtract_pairs(zero, none, bf16), bf16)
 
 
-@triton.jit
-def zeros_of_the_next_row(
-    scales_ptr, zeros_ptr, rows, tile, stride, STEP: tl.constexpr, GROUP: tl.constexpr, FORM: tl.constexpr,
-    ZEROS: tl.constexpr, SCALED: tl.constexpr, BF16: tl.constexpr,
-):  # fmt: skip
+def zeros_of_the_next_row(*args: Any) -> Any:
     """Zero points are those of the neighbouring output."""
-    scale, zero, rest = parameters(scales_ptr, zeros_ptr, rows, tile, stride, STEP, GROUP, FORM, ZEROS, SCALED, BF16)
-    _, zero, rest = parameters(scales_ptr, zeros_ptr, rows ^ 1, tile, stride, STEP, GROUP, FORM, ZEROS, SCALED, BF16)
-    return scale, zero, rest
+    return parameters(*args)[0], *given(parameters, args, rows=argument(parameters, args, "rows") ^ 1)[1:]
 
 
-@triton.jit
-def parameters_of_the_first_group(
-    scales_ptr, zeros_ptr, rows, tile, stride, STEP: tl.constexpr, GROUP: tl.constexpr, FORM: tl.constexpr,
-    ZEROS: tl.constexpr, SCALED: tl.constexpr, BF16: tl.constexpr,
-):  # fmt: skip
+def parameters_of_the_first_group(*args: Any) -> Any:
     """The row of scales and zeros does not advance with K."""
-    return parameters(scales_ptr, zeros_ptr, rows, 0, stride, STEP, GROUP, FORM, ZEROS, SCALED, BF16)
+    return given(parameters, args, tile=0)
 
 
-@triton.jit
-def zeros_forgotten(zeros, FORM: tl.constexpr, ZEROS: tl.constexpr, BF16: tl.constexpr):
+def zeros_forgotten(zeros: Any, *args: Any) -> Any:
     """Zero points are taken as 0."""
-    return pairs_of(zeros.to(tl.int32) * 0, 0, 4, BF16), tl.zeros_like(zeros).to(tl.int32)
+    return zero_pairs(tl.zeros_like(zeros), *args)
 
 
-@triton.jit
-def nibbles_changed(words, INDEX: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr):
+def nibbles_changed(*args: Any) -> Any:
     """Two neighbouring codes change places."""
-    return pairs_of(words, INDEX ^ 1, BITS, BF16)
+    return given(pairs_of, args, INDEX=int(argument(pairs_of, args, "INDEX")) ^ 1)
 
 
 WRONG: dict[str, tuple[str, Any]] = {
@@ -75,8 +70,8 @@ TILES = {"decode": Tile(16, 64, 128, 4, 1), "prefill": Tile(128, 64, 128, 4, 2)}
 def run(group: int, zero: ZeroKind, tile: Tile) -> None:
     weight = draw("uint4", 64, 512, group, zero, scale=torch.float16, seed=7)
     x = torch.randn((16, 512), generator=torch.Generator().manual_seed(8)).half()
-    given: Any = (*weight.operands, None, None, None, 64, group, "uint4", "none", tile)
-    check_linear(weight_only.linear_cuda(x, *given), x, weight, tile.bm)
+    operands: Any = (*weight.operands, None, None, None, 64, group, "uint4", "none", tile)
+    check_linear(weight_only.linear_cuda(x, *operands), x, weight, tile.bm)
 
 
 CASES = [(32, "decode"), (32, "prefill"), (128, "decode")]
