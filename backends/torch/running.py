@@ -92,7 +92,10 @@ class Interpreter:
     def _results(self, op: Op, known: Mapping[Value, Any]) -> list[Any]:
         operands = [None if v is None else known[v] for v in op.operands]
         if op.name.startswith("q."):
-            arrays = [None if v is None else _array(v) for v in operands]
+            arrays = [
+                None if v is None or t is None else _coded(t, _array(v))
+                for t, v in zip(op.operands, operands, strict=True)
+            ]
             found = numerics.evaluate_all(op.name, arrays, op.attrs)
             return [_tensor(r, a) for r, a in zip(op.results, found, strict=True)]
         target = target_of(op.name)
@@ -118,6 +121,12 @@ def _tensor(value: Value, array: Array) -> torch.Tensor:
     if element is None or element.storage != array.dtype:
         return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
     return tensor_of(ArrayPayload(array, element))
+
+
+def _coded(value: Value, array: Array) -> Array:
+    """``array`` in the storage of codes that torch has no type for, and keeps as bytes."""
+    element = value.tensor.dtype
+    return array.view(element.storage) if element is not None and element.packed and element.is_float else array
 
 
 def _array(value: Any) -> Array:
