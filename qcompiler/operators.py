@@ -39,7 +39,8 @@ def _register() -> None:
 
     try:
         for home in HOMES:
-            import_module(home)
+            if not _importing(home.rpartition(".")[0]):
+                import_module(home)
     except Exception as e:  # a fault of ours must not break the import of torch
         import warnings
 
@@ -49,6 +50,15 @@ def _register() -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _importing(package: str) -> bool:
+    """Whether a module of ``package`` imports torch at this moment: the others may need what it has not defined yet.
+
+    It registers its own operators; whoever calls those of another module imports that.
+    """
+    loading = [m for name, m in list(sys.modules.items()) if name.startswith(f"{package}.")]
+    return package.endswith(".triton") and any(getattr(m.__spec__, "_initializing", False) for m in loading)
 
 
 class _Finder:

@@ -48,3 +48,18 @@ def test_other_modules_are_none_of_its_business(monkeypatch: pytest.MonkeyPatch)
     assert finder.find_spec("torch", None) is None  # nobody else finds it
     monkeypatch.undo()
     assert importlib.util.find_spec("json") is not None
+
+
+_FAMILY_FIRST = """
+import warnings
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import qcompiler.backends.triton.weight_only
+    import torch
+print([str(w.message) for w in seen if "qcompiler" in str(w.message)])
+print(torch.ops.qcompiler.wn_linear.default.name(), torch.ops.qcompiler.qlinear.default.name())
+"""
+
+
+def test_a_module_of_operators_may_be_what_imports_torch() -> None:
+    assert _run(_FAMILY_FIRST).splitlines() == ["[]", "qcompiler::wn_linear qcompiler::qlinear"]
