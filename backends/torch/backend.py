@@ -20,6 +20,20 @@ from qcompiler.target import Phase, Target
 from qcompiler.verify.evidence import EvidenceResult
 from qcompiler.verify.findings import Finding
 
+NVIDIA = Path("/proc/driver/nvidia/version")
+"""There where an NVIDIA driver is loaded."""
+
+
+def gpu_here(version: str) -> tuple[bool, str]:
+    """Whether artifacts for torch-cuda run here, with torch ``version``, and a remark. Imports no runtime."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return False, "triton is not installed: artifacts are compiled and judged here, and run by slow references"
+    if not NVIDIA.exists():
+        return False, "no NVIDIA driver: artifacts are compiled and judged here, and run by slow references"
+    return True, f"torch {version}, triton {triton}"
+
 
 class TorchBackend(Backend):
     """Captures to aten graphs, lowers to torch's low-bit ops, shows evidence from the profiler."""
@@ -39,9 +53,7 @@ class TorchBackend(Backend):
             version = importlib.metadata.version("torch")
         except importlib.metadata.PackageNotFoundError:
             return False, "torch is not installed"
-        if name == "torch-cuda":
-            return False, "no kernels yet"
-        return True, f"torch {version}"
+        return gpu_here(version) if name == "torch-cuda" else (True, f"torch {version}")
 
     def digest(self, path: Path) -> str:
         return sha256_of(path)
