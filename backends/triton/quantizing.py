@@ -121,14 +121,14 @@ def _rows_reference(
     padded = torch.nn.functional.pad(y, (0, shape[-1] * width - k)).reshape(*shape, width)
     scale = _scales(padded.abs().amax(-1), code)
     codes = _codes(padded / scale[..., None], code).reshape(*x.shape[:-1], -1)[..., :k].contiguous()
-    return codes, scale
+    return codes, scale.contiguous()
 
 
 def _static_reference(
     x: torch.Tensor, scale: torch.Tensor, smooth: torch.Tensor | None, code: torch.dtype
 ) -> torch.Tensor:
     _check_static(x, scale, smooth, code)
-    return _codes(_prepared(x, smooth, None, 0.0) / scale.reshape(()), code)
+    return _codes(_prepared(x, smooth, None, 0.0) / scale.reshape(()), code).contiguous()
 
 
 # -- fakes ---------------------------------------------------------------------------------------------------
