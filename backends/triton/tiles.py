@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from qcompiler.backends.triton.architectures import architecture
 from qcompiler.errors import InputError
 
 ENVIRONMENT = "QCOMPILER_CACHE"
@@ -75,12 +76,14 @@ def write_table(table: Table, about: str) -> str:
 
 @functools.cache
 def shipped(sm: int) -> Table:
-    """The table of ``sm``, else of the nearest older architecture, else of the oldest."""
+    """The table of ``sm``, else of the newest older architecture of no more shared memory, else of the one with least."""
     folder = resources.files("qcompiler.backends.triton").joinpath("tables")
     known = sorted(int(f.name[3:-5]) for f in folder.iterdir() if f.name.startswith("sm_") and f.name.endswith(".json"))
     if not known:
         return {}
-    nearest = max((a for a in known if a <= sm), default=known[0])
+    room = architecture(sm).shared
+    older = [a for a in known if a <= sm and architecture(a).shared <= room]
+    nearest = max(older) if older else min(known, key=lambda a: architecture(a).shared)
     return read_table(folder.joinpath(f"sm_{nearest}.json").read_text(encoding="utf-8"))
 
 
