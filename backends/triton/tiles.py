@@ -76,7 +76,7 @@ def write_table(table: Table, about: str) -> str:
 
 @functools.cache
 def shipped(sm: int) -> Table:
-    """The table of ``sm``, else of the newest older architecture of no more shared memory, else of the one with least."""
+    """The table of ``sm``, else of the newest older architecture with no more shared memory, else that with least."""
     folder = resources.files("qcompiler.backends.triton").joinpath("tables")
     known = sorted(int(f.name[3:-5]) for f in folder.iterdir() if f.name.startswith("sm_") and f.name.endswith(".json"))
     if not known:
