@@ -19,7 +19,7 @@ from qcompiler.movement import clamp, movement_kind
 from qcompiler.payload import constant
 from qcompiler.pipeline import Context, Pass
 from qcompiler.placement import Anchor, Group, Placement
-from qcompiler.products import Product, find_products, restore_weights, weight_dequantize
+from qcompiler.products import Product, find_products, restore_weights, unserved, weight_dequantize
 from qcompiler.requests import request_for
 from qcompiler.scale_floor import with_scale_floor
 from qcompiler.scheme import Alternatives, Scheme
@@ -92,7 +92,8 @@ class InsertActivationQdq(Pass):
         found = list(find_products(graph, matmuls=self.matmuls and not all(s.dynamic for s in self.wishes)))
         if not ctx.partial:
             self._check_globs(found)
-        if found and ctx.target is not None and (none := ctx.target.lacks("q.linear_static")) is not None:
+        none = None if ctx.target is None else ctx.target.lacks("q.linear_static") or unserved(self.wishes, ctx.target)
+        if found and none is not None:
             message = f"activations <{self.activations.text}> have no fused kernel on {ctx.target}"
             ctx.findings.append(Finding(none.code, self.name, message, none.message, none.fix))
         static: list[Product] = []

@@ -5,7 +5,7 @@ They are read from the pair form: ``op(x, q.dequantize(q.quantize(w, s, z), s, z
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,7 +19,7 @@ from qcompiler.payload import ComputedPayload
 from qcompiler.requests import BATCHED, LEFT, SIGNED_RIGHT, request_for
 from qcompiler.rewrite import Declined
 from qcompiler.scheme import Scheme
-from qcompiler.target import Reason, Request
+from qcompiler.target import Reason, Request, Target
 from qcompiler.views import CONV_OPS, LINEAR_OPS, as_linear, through_transposes
 from qcompiler.weights import WeightQuantization
 
@@ -210,3 +210,21 @@ def _original(dq: Op) -> Value | None:
     if not isinstance(made, WeightQuantization) or made.scheme != scheme or made.flip:
         return None
     return codes.graph.add_const(codes.graph.fresh(dq.result.name.removesuffix("_dq")), made.weight)
+
+
+def unserved(wishes: Sequence[Scheme], target: Target) -> Reason | None:
+    """Why no kernel of ``target`` computes on activations by any of ``wishes``, naming those that it has; None where
+    one does, whatever else it asks for."""
+    rows = [r for r in target.rows if r.x_codes and r.op != "q.apply" and r.needs <= target.features]
+    for row in rows:
+        for s in wishes:
+            if s.dtype.name in row.x_codes and s.granularity in row.x_granularities and s.dynamic == row.dynamic:
+                return None
+    known = sorted(
+        {f"{c} {g}{' dynamic' if r.dynamic else ''}" for r in rows for c in r.x_codes for g in r.x_granularities}
+    )
+    text = " | ".join(s.text for s in wishes)
+    if not known:
+        return Reason("QC201", f"{target} has no kernel that computes on codes of activations", "leave them in float")
+    told = ", ".join(known)
+    return Reason("QC201", f"kernels of {target} take activations as {told}, not <{text}>", f"choose one of {told}")

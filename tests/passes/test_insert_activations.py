@@ -138,3 +138,33 @@ def test_only_what_needs_a_range_is_watched() -> None:
     calibration = Ranges({})
     inserted(CHAIN, calibration)
     assert sorted(calibration.asked) == ["a", "b", "c", "s", "x"]
+
+
+LAYER = """graph @main dialect=onnx meta {opset_import = [["", 21]]} {
+  input %x : f32[batch, 128]
+  const %w : f32[128, 64] = rand:1
+  %y : f32[batch, 64] = onnx.MatMul(%x, %w) loc("up")
+  return %y
+}
+"""
+
+
+@pytest.mark.parametrize("name", ["fp8", "w4a8"])
+def test_codes_of_activations_that_no_kernel_takes_refuse_the_model(name: str) -> None:
+    """One finding for all layers, which names the nearest that there are."""
+    graph, ctx = parse(LAYER), Context(kernels.target("ort-cpu:avx512vnni"))
+    run(graph, [p for p in recipe.load(name).passes if p.name != "choose-layout"], ctx)
+    (finding,) = [f for f in ctx.findings if f.severity == "error"]
+    assert (finding.code, finding.op) == ("QC201", "insert-activation-qdq")
+    assert "kernels of ort-cpu:avx512vnni take activations as int8 tensor, uint8 tensor, uint8 tensor" in finding.reason
+    assert finding.fix == "choose one of int8 tensor, uint8 tensor, uint8 tensor dynamic"
+
+
+@pytest.mark.parametrize("name", ["f8a16", "nf4", "fp4", "mxfp4", "nvfp4"])
+def test_codes_of_weights_that_no_kernel_takes_are_refused(name: str) -> None:
+    graph, ctx = parse(LAYER), Context(kernels.target("ort-cpu:avx512vnni"))
+    run(graph, [p for p in recipe.load(name).passes if p.name != "choose-layout"], ctx)
+    assert [op.name for op in graph] == ["q.dequantize", "onnx.MatMul"]
+    (refusal,) = [r for r in ctx.refusals if r.rule == "fuse_dequant_into_linear"]
+    assert refusal.reason.code == "QC201"
+    assert refusal.reason.fix == "choose one of int4, int8, uint4, uint8"

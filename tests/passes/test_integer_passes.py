@@ -54,6 +54,8 @@ def test_fused_ops_compute_what_the_pairs_did(graph: Graph, scheme: str) -> None
     paired(graph, f"{PAIRS.replace('uint8 tensor asym', scheme)}, {MOVE}")
     feed = samples(graph, 1, seed=9)[0]
     before = outputs(graph, feed)
+    if any(np.abs(b).max(initial=0.0) > 1e15 or not np.isfinite(b).all() for b in before):
+        reject()  # exponentials of these inputs overflow, or their squares do
     ctx = apply(graph, FUSE, kernels.target("ort-cpu:avx512vnni"))
     for a, b in zip(before, outputs(graph, feed), strict=True):
         noise, signal = np.square(a - b).mean(), np.square(a).mean()
