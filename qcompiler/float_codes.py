@@ -72,16 +72,22 @@ def largest(element: DType) -> float:
 
 @cache
 def table(element: DType) -> Floats:
-    """The value of each code, by its bits; NaN for a code that is no finite number."""
+    """The value of each code, by its bits, read-only; NaN for a code that is no finite number."""
     if element.name == "nf4":
-        return NF4.astype(np.float64)
-    values: Floats = np.arange(1 << element.bits, dtype=np.uint8).view(element.storage).astype(np.float64)
-    return np.where(np.isfinite(values), values, np.nan)
+        values: Floats = NF4.astype(np.float64)
+    else:
+        values = np.arange(1 << element.bits, dtype=np.uint8).view(element.storage).astype(np.float64)
+        values[~np.isfinite(values)] = np.nan
+    values.flags.writeable = False
+    return values
 
 
 def decode(codes: Array, element: DType) -> Floats:
-    """The values of ``codes``, float64."""
-    return table(element)[codes.view(np.uint8)]
+    """The values of ``codes``, float64; raises InputError for an index that the codebook does not have."""
+    bits = codes.view(np.uint8)
+    if element.name == "nf4" and bits.size and int(bits.max()) >= len(NF4):
+        raise InputError(f"the codes of nf4 are 0 to 15, not {int(bits.max())}")
+    return table(element)[bits]
 
 
 def nearest(steps: Array, element: DType) -> Array:

@@ -137,6 +137,11 @@ def test_nf4_changes_codes_where_bitsandbytes_does(work: Any) -> None:
     assert above == [c + 1 for _, c in BNB_THRESHOLDS]
 
 
+def test_nf4_has_16_codes() -> None:
+    with pytest.raises(InputError, match="the codes of nf4 are 0 to 15, not 16"):
+        float_codes.decode(np.array([3, 16], np.uint8), TABLE["nf4"])
+
+
 def test_the_middle_of_two_entries_has_the_lower_code() -> None:
     """Of those whose middle is a number of f32, which -1 and 1 decide: 0 and its neighbours."""
     wide = float_codes.NF4.astype(np.float64)
