@@ -1,9 +1,8 @@
 """``qcompiler::wn_embedding``: rows of a table of 2, 4 or 8 bits, decoded when they are asked for.
 
 The table has the layout of a weight (:mod:`qcompiler.backends.triton.layouts`) with a row for each token, so a tied
-language head and embedding are one tensor. Only rows that are asked for are read. Numbers: exact code times f32 scale,
-rounded once; the kernel rounds values of nf4 to float16 before (2^-12 of each), and takes a zero point that is no
-whole number off in float16.
+language head and embedding are one tensor. Only rows that are asked for are read. Numbers: exact codes, zero points and
+scales in f32, rounded once; of nf4 the kernel rounds the values of codes to float16 before.
 """
 
 from __future__ import annotations
@@ -164,14 +163,18 @@ def claims(sm: int) -> Iterator[Claim]:
     for form, group, asymmetric, count, out in _CASES:
 
         def run(
-            form: str = form, group: int = group, asymmetric: bool = asymmetric, count: int = count, out: torch.dtype = out
+            form: str = form,
+            group: int = group,
+            asymmetric: bool = asymmetric,
+            count: int = count,
+            out: torch.dtype = out,
         ) -> object:
             laid = (scale_rows(k, group), n)
             scales = fake(laid, torch.float8_e4m3fn if form == "nvfp4" else torch.bfloat16)
-            zeros = fake(laid, torch.uint8) if asymmetric else None
+            zeros = fake(laid, torch.int16) if asymmetric else None
             whole = fake((1,), torch.float32) if form == "nvfp4" else None
             codes = fake(fragment_shape(n, k, form), torch.int32)
             return embedding_cuda(fake((count,), torch.int64), codes, scales, zeros, whole, k, group, form, out)
 
         case = f"{form} g{group} {count} rows of {n}x{k} to {out}".replace("torch.", "")
-        yield Claim("torch-cuda/gather", case, run, None)
+        yield Claim("torch-cuda/gather", case, run, None, wide=frozenset({"codes_ptr"}))

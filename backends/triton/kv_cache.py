@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qcompiler.backends.triton.kv_codes import FORMS, check_attention, check_write, codes_width, dequantized, quantized
+from qcompiler.backends.triton.kv_codes import (
+    FORMS,
+    attention_reference,
+    check_attention,
+    check_write,
+    codes_width,
+    write_reference,
+)
 from qcompiler.backends.triton.launching import launch, processors_of, sm_of
 from qcompiler.backends.triton.registering import register
 from qcompiler.backends.triton.tiles import Tile, tile_for
@@ -22,85 +29,14 @@ from qcompiler.errors import InputError
 if TYPE_CHECKING:
     from qcompiler.backends.triton.claims import Claim
 
-_CHUNK = 512
-"""Tokens of the cache that the reference holds as floats at a time."""
-_WRITTEN = 16
-"""Tokens a program writes."""
 _COMBINED = 16
 """Parts that are combined at a time."""
 _ROWS = 32
 """Query heads that share a head of the cache and are multiplied at a time, at most."""
+_REGISTERS = 255
+"""Registers a thread may have, all that there are: the assembler spills a few to fit one more block."""
 _WAVES = 2
 """Blocks a processor holds at a time: two fit the shared memory with the tiles that ship."""
-
-
-# -- references ----------------------------------------------------------------------------------------------
-
-
-def _write_reference(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    values: torch.Tensor,
-    positions: torch.Tensor,
-    form: str,
-) -> None:
-    check_write(codes, scales, zeros, values, positions, form)
-    if not values.numel():
-        return
-    low, high = int(positions.min()), int(positions.max())
-    if low < 0 or high >= codes.shape[2]:
-        raise InputError(
-            f"qcompiler::kv_write: positions {low}..{high} lie outside a cache of {codes.shape[2]} tokens; allocate a "
-            "longer one"
-        )
-    new = quantized(values, form)
-    every = positions.expand(values.shape[0], -1)
-    for b in range(values.shape[0]):
-        codes.view(torch.uint8)[b, :, every[b]] = new[0][b].view(torch.uint8)
-        scales[b, :, every[b]] = new[1][b]
-        if zeros is not None and new[2] is not None:
-            zeros[b, :, every[b]] = new[2][b]
-
-
-def _attention_reference(
-    q: torch.Tensor,
-    k_codes: torch.Tensor,
-    k_scales: torch.Tensor,
-    k_zeros: torch.Tensor | None,
-    v_codes: torch.Tensor,
-    v_scales: torch.Tensor,
-    v_zeros: torch.Tensor | None,
-    lengths: torch.Tensor,
-    scale: float,
-    form: str,
-) -> torch.Tensor:
-    check_attention(q, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, lengths, form)
-    batch, heads, tokens = k_codes.shape[:3]
-    if batch and (int(lengths.min()) < 0 or int(lengths.max()) > tokens):
-        raise InputError(
-            f"qcompiler::kv_attention: lengths {int(lengths.min())}..{int(lengths.max())} for a cache of {tokens} "
-            "tokens; a window that slides is not supported, allocate a cache as long as the longest sequence"
-        )
-    grouped = q.to(torch.float32).reshape(batch, heads, -1, q.shape[3])
-    scores = torch.zeros(*grouped.shape[:3], tokens)
-    spans = [slice(s, min(s + _CHUNK, tokens)) for s in range(0, tokens, _CHUNK)]
-
-    def floats(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, span: slice) -> torch.Tensor:
-        """Of tokens of a span, with zeros in place of what lies beyond a sequence's length."""
-        some = dequantized(codes[:, :, span], scales[:, :, span], None if zeros is None else zeros[:, :, span], form)
-        beyond = torch.arange(span.start, span.stop) >= lengths[:, None]
-        return some.masked_fill(beyond[:, None, :, None], 0.0)
-
-    for span in spans:
-        scores[..., span] = grouped @ floats(k_codes, k_scales, k_zeros, span).transpose(-1, -2) * scale
-    beyond = torch.arange(tokens) >= lengths[:, None]
-    weights = torch.softmax(scores.masked_fill(beyond[:, None, None, :], float("-inf")), -1)
-    weights = weights.masked_fill((lengths == 0)[:, None, None, None], 0.0)
-    y = torch.zeros_like(grouped)
-    for span in spans:
-        y += weights[..., span] @ floats(v_codes, v_scales, v_zeros, span)
-    return y.reshape(q.shape).to(q.dtype)
 
 
 # -- fakes ---------------------------------------------------------------------------------------------------
@@ -231,13 +167,14 @@ def attention_cuda(
             f"qcompiler::kv_attention: the {tokens} tokens of a head span 2 GiB; make them lie closer, [B, H_kv, T, D]"
         )
     group = query_heads // heads
+    columns = _power(width)
+    padded = 2 * columns if form == "int4" else columns
     if tile is None:
         rows = max(16, min(_power(group), _ROWS))
-        tile = tile_for(f"kv.attention.{form}", sm_of(q.device), rows, head_dim, 1)
+        tile = tile_for(f"kv.attention.{form}", sm_of(q.device), rows, padded, 1)
         tiles = -(-group // tile.bm)
         tile = replace(tile, split=_parts(batch * heads * tiles, tokens, tile.bn, processors_of(q.device)))
-    split, columns = tile.split, _power(width)
-    padded = 2 * columns if form == "int4" else columns
+    split = tile.split
     unit = math.gcd(16, width, *(s for t in (keys, values) for s in t.stride()[:2]))
     partial = y if split == 1 else q.new_empty((batch, query_heads, split, padded), dtype=torch.float32)
     stats = y if split == 1 else q.new_empty((batch, query_heads, split, 2), dtype=torch.float32)
@@ -279,6 +216,7 @@ def attention_cuda(
         NATIVE=sm_of(q.device) >= 89,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=_REGISTERS,
     )
     if split > 1:
         launch(
@@ -300,14 +238,145 @@ def attention_cuda(
 
 register(
     "kv_write(Tensor(a!) codes, Tensor(b!) scales, Tensor(c!)? zeros, Tensor values, Tensor positions, str form) -> ()",
-    reference=_write_reference,
+    reference=write_reference,
     fake=_write_fake,
     cuda=write_cuda,
 )
 register(
     "kv_attention(Tensor q, Tensor k_codes, Tensor k_scales, Tensor? k_zeros, Tensor v_codes, Tensor v_scales, "
     "Tensor? v_zeros, Tensor lengths, float scale, str form) -> Tensor",
-    reference=_attention_reference,
+    reference=attention_reference,
     fake=_attention_fake,
     cuda=attention_cuda,
 )
+
+
+# -- a cache of a layer --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class QuantizedCache:
+    """Keys and values of one layer, for a loop that decodes: allocate it once, write tokens, attend to them.
+
+    Codes, scales and zero points are as in :mod:`kv_codes`. ``lengths``: tokens there are of each sequence, int64
+    ``[B]``; the host does not know them, so it does not wait for the device either.
+    """
+
+    form: str
+    k_codes: torch.Tensor
+    k_scales: torch.Tensor
+    k_zeros: torch.Tensor | None
+    v_codes: torch.Tensor
+    v_scales: torch.Tensor
+    v_zeros: torch.Tensor | None
+    lengths: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        batch: int,
+        kv_heads: int,
+        length: int,
+        head_dim: int,
+        form: str = "int8",
+        device: torch.device | str = "cpu",
+    ) -> QuantizedCache:
+        """An empty cache for ``length`` tokens of each sequence, in ``int8``, ``f8e4m3`` or ``int4``."""
+        lead = (batch, kv_heads, length)
+        shape = (*lead, codes_width(head_dim, form))
+
+        def part() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+            zeros = torch.zeros(lead, dtype=torch.uint8, device=device) if form == "int4" else None
+            codes = torch.zeros(shape, dtype=torch.uint8, device=device).view(FORMS[form])
+            return codes, torch.zeros(lead, dtype=torch.float32, device=device), zeros
+
+        return cls(form, *part(), *part(), torch.zeros(batch, dtype=torch.int64, device=device))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes, scales and zero points."""
+        held = (self.k_codes, self.k_scales, self.k_zeros, self.v_codes, self.v_scales, self.v_zeros)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None = None) -> None:
+        """Put in ``keys`` and ``values [B, H_kv, S, D]``: after the tokens there are, or at ``positions``, int64 ``[S]``
+        or ``[B, S]``. A sequence's length becomes its highest position plus one, if that is more than before.
+
+        On CPUs a position beyond the cache raises InputError; on GPUs the token is dropped.
+        """
+        count = keys.shape[2]
+        if positions is None:
+            positions = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+        write = torch.ops.qcompiler.kv_write
+        write(self.k_codes, self.k_scales, self.k_zeros, keys, positions, self.form)
+        write(self.v_codes, self.v_scales, self.v_zeros, values, positions, self.form)
+        if count:
+            reached = positions.amax(-1).clamp(max=self.k_codes.shape[2] - 1) + 1
+            self.lengths.copy_(torch.maximum(self.lengths, reached))
+
+    def attend(self, q: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        """Attention of ``q [B, H, 1, D]`` over the tokens there are; ``scale`` is ``D ** -0.5`` if not given."""
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        keys = (self.k_codes, self.k_scales, self.k_zeros)
+        values = (self.v_codes, self.v_scales, self.v_zeros)
+        y: torch.Tensor = torch.ops.qcompiler.kv_attention(q, *keys, *values, self.lengths, scale, self.form)
+        return y
+
+
+# -- claims --------------------------------------------------------------------------------------------------
+
+_ATTENTION: tuple[tuple[str, int, int, int, int, torch.dtype], ...] = (
+    ("int8", 128, 32, 8, 8192, torch.bfloat16),
+    ("int4", 128, 64, 4, 8191, torch.bfloat16),
+    ("int8", 80, 32, 1, 4096, torch.float16),
+    ("f8e4m3", 256, 8, 8, 4096, torch.bfloat16),
+)
+"""Form, D, H, H_kv, T, query."""
+_WRITTEN: tuple[tuple[str, int, int, torch.dtype], ...] = (
+    ("int8", 128, 1, torch.bfloat16),
+    ("int4", 128, 512, torch.bfloat16),
+    ("f8e4m3", 80, 512, torch.float16),
+)
+"""Form, D, tokens written, values."""
+
+
+def claims(sm: int) -> Iterator[Claim]:
+    """What is proved for ``sm``: codes are read 16 bytes a thread and multiplied by tensor cores, nothing spills, and
+    attention stores its result and sums of parts alone."""
+    from qcompiler.backends.triton.claims import Claim, fake
+
+    def cache(
+        form: str, heads: int, tokens: int, head_dim: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        lead = (4, heads, tokens)
+        zeros = fake(lead, torch.uint8) if form == "int4" else None
+        return fake((*lead, codes_width(head_dim, form)), FORMS[form]), fake(lead, torch.float32), zeros
+
+    for form, head_dim, heads, kv_heads, tokens, element in _ATTENTION:
+
+        def attend(
+            form: str = form,
+            head_dim: int = head_dim,
+            heads: int = heads,
+            kv_heads: int = kv_heads,
+            tokens: int = tokens,
+            element: torch.dtype = element,
+        ) -> object:
+            held = cache(form, kv_heads, tokens, head_dim)
+            q = fake((4, heads, 1, head_dim), element)
+            return attention_cuda(q, *held, *held, fake((4,), torch.int64), head_dim**-0.5, form)
+
+        case = f"{form} D={head_dim} H={heads}/{kv_heads} T={tokens} {element}".replace("torch.", "")
+        outputs = frozenset({"y_ptr", "partial_ptr", "stats_ptr"})
+        yield Claim("torch-cuda/kv.attention", case, attend, "f16", outputs, frozenset({"k_ptr", "v_ptr"}))
+    for form, head_dim, count, element in _WRITTEN:
+
+        def write(
+            form: str = form, head_dim: int = head_dim, count: int = count, element: torch.dtype = element
+        ) -> object:
+            held = cache(form, 8, 4096, head_dim)
+            write_cuda(*held, fake((4, 8, count, head_dim), element), fake((count,), torch.int64), form)
+            return held
+
+        case = f"{form} D={head_dim} S={count} {element}".replace("torch.", "")
+        yield Claim("torch-cuda/kv.write", case, write, None, frozenset({"codes_ptr", "scale_ptr", "zero_ptr"}))

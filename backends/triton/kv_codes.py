@@ -26,6 +26,8 @@ FORMS: dict[str, torch.dtype] = {"int8": torch.int8, "f8e4m3": torch.float8_e4m3
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
 _SMALLEST = 2.0**-126
+_CHUNK = 512
+"""Tokens of the cache that the reference holds as floats at a time."""
 
 
 def codes_width(head_dim: int, form: str) -> int:
@@ -163,3 +165,74 @@ def check_attention(
         raise InputError(
             f"qcompiler::kv_attention: lengths are int64[{batch}], not {lengths.dtype}{list(lengths.shape)}"
         )
+
+
+# -- references ----------------------------------------------------------------------------------------------
+
+
+def write_reference(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    form: str,
+) -> None:
+    """``kv_write`` on CPU tensors. Raises InputError for positions outside the cache."""
+    check_write(codes, scales, zeros, values, positions, form)
+    if not values.numel():
+        return
+    low, high = int(positions.min()), int(positions.max())
+    if low < 0 or high >= codes.shape[2]:
+        raise InputError(
+            f"qcompiler::kv_write: positions {low}..{high} lie outside a cache of {codes.shape[2]} tokens; allocate a "
+            "longer one"
+        )
+    new = quantized(values, form)
+    every = positions.expand(values.shape[0], -1)
+    for b in range(values.shape[0]):
+        codes.view(torch.uint8)[b, :, every[b]] = new[0][b].view(torch.uint8)
+        scales[b, :, every[b]] = new[1][b]
+        if zeros is not None and new[2] is not None:
+            zeros[b, :, every[b]] = new[2][b]
+
+
+def attention_reference(
+    q: torch.Tensor,
+    k_codes: torch.Tensor,
+    k_scales: torch.Tensor,
+    k_zeros: torch.Tensor | None,
+    v_codes: torch.Tensor,
+    v_scales: torch.Tensor,
+    v_zeros: torch.Tensor | None,
+    lengths: torch.Tensor,
+    scale: float,
+    form: str,
+) -> torch.Tensor:
+    """``kv_attention`` on CPU tensors, in f32. Raises InputError for lengths beyond the cache."""
+    check_attention(q, k_codes, k_scales, k_zeros, v_codes, v_scales, v_zeros, lengths, form)
+    batch, heads, tokens = k_codes.shape[:3]
+    if batch and (int(lengths.min()) < 0 or int(lengths.max()) > tokens):
+        raise InputError(
+            f"qcompiler::kv_attention: lengths {int(lengths.min())}..{int(lengths.max())} for a cache of {tokens} "
+            "tokens; a window that slides is not supported, allocate a cache as long as the longest sequence"
+        )
+    grouped = q.to(torch.float32).reshape(batch, heads, -1, q.shape[3])
+    scores = torch.zeros(*grouped.shape[:3], tokens)
+    spans = [slice(s, min(s + _CHUNK, tokens)) for s in range(0, tokens, _CHUNK)]
+
+    def floats(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, span: slice) -> torch.Tensor:
+        """Of tokens of a span, with zeros in place of what lies beyond a sequence's length."""
+        some = dequantized(codes[:, :, span], scales[:, :, span], None if zeros is None else zeros[:, :, span], form)
+        beyond = torch.arange(span.start, span.stop) >= lengths[:, None]
+        return some.masked_fill(beyond[:, None, :, None], 0.0)
+
+    for span in spans:
+        scores[..., span] = grouped @ floats(k_codes, k_scales, k_zeros, span).transpose(-1, -2) * scale
+    beyond = torch.arange(tokens) >= lengths[:, None]
+    weights = torch.softmax(scores.masked_fill(beyond[:, None, None, :], float("-inf")), -1)
+    weights = weights.masked_fill((lengths == 0)[:, None, None, None], 0.0)
+    y = torch.zeros_like(grouped)
+    for span in spans:
+        y += weights[..., span] @ floats(v_codes, v_scales, v_zeros, span)
+    return y.reshape(q.shape).to(q.dtype)

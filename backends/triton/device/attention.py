@@ -183,9 +183,9 @@ def attend_kernel(
 ):
     """One part of the tokens of one head of the cache, for up to ``ROWS`` query heads.
 
-    Softmax runs in f32 with base 2 and a running maximum. The query is rounded to float16 after division by its largest
-    magnitude. Scales never meet codes: a key's multiplies its score, a value's its weight, divided by the largest of the
-    block so that weights stay within [0, 1]. Zero points are taken off the sums.
+    Softmax runs in f32 with base 2 and a running maximum. The query is rounded to float16 after division by its
+    largest magnitude. Scales never meet codes: a key's multiplies its score, a value's its weight, divided by the
+    largest of the block so that weights stay within [0, 1]. Zero points are taken off the sums.
     """
     PACKED: tl.constexpr = FORM == "int4"
     pid = tl.program_id(0)

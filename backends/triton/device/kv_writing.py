@@ -17,7 +17,7 @@ def rounded(x):
 
 @triton.jit
 def e4m3_of(x):
-    """f32 -> the codes of float8_e4m3fn, to nearest, ties to even, saturating; uint8. By bits: sm_80 has no such type."""
+    """f32 -> the codes of float8_e4m3fn, to nearest, ties to even, saturating; uint8. By bits, for sm_80."""
     bits = x.to(tl.int32, bitcast=True)
     size = tl.minimum(tl.abs(x), 448.0)
     raw = size.to(tl.int32, bitcast=True)

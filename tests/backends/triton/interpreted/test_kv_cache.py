@@ -74,9 +74,7 @@ def test_tokens_are_written_by_the_law_and_nothing_else_is_touched(form: str, el
         x = drawn(2, 3, len(positions), head_dim, seed=head_dim).to(element)
         x[0, 1, 0] = 0.0
         codes, scales, zeros = empty_cache(2, 3, 20, head_dim, form)
-        kv_cache.write_cuda(
-            codes, scales, zeros if form == "int4" else None, x, torch.tensor(positions), form, WRITE
-        )
+        kv_cache.write_cuda(codes, scales, zeros if form == "int4" else None, x, torch.tensor(positions), form, WRITE)
         want, scale, zero = expected(x.float().numpy(), form)
         np.testing.assert_array_equal(unpacked(codes, form)[:, :, positions], want)
         np.testing.assert_array_equal(scales.numpy()[:, :, positions], scale)
@@ -112,9 +110,7 @@ def test_what_is_no_number_is_read_back_as_none(form: str, bad: float) -> None:
     assert scales[0, 0].isnan().tolist() == [True, False]
 
 
-def attended(
-    q: torch.Tensor, keys: np.ndarray, values: np.ndarray, lengths: list[int], scale: float
-) -> np.ndarray:
+def attended(q: torch.Tensor, keys: np.ndarray, values: np.ndarray, lengths: list[int], scale: float) -> np.ndarray:
     """``[B, H, D]`` in float64."""
     batch, heads = q.shape[:2]
     group = heads // keys.shape[1]
@@ -160,9 +156,9 @@ def test_attention_is_that_of_what_the_cache_holds(
     (k, ks, kz), (v, vs, vz) = caches
     y = kv_cache.attention_cuda(q, k, ks, kz, v, vs, vz, torch.tensor(lengths), head_dim**-0.5, form, tile)
     assert y.dtype == element and y.shape == q.shape
-    want = attended(
-        q, values_of(k, ks, kz, form), values_of(v, vs, vz, form), lengths, head_dim**-0.5
+    want = attended(q, values_of(k, ks, kz, form), values_of(v, vs, vz, form), lengths, head_dim**-0.5)
+    assert (
+        not y[:, :, 0].numpy().astype(np.float64)[[n == 0 for n in lengths]].any() if element != torch.bfloat16 else 1
     )
-    assert not y[:, :, 0].numpy().astype(np.float64)[[n == 0 for n in lengths]].any() if element != torch.bfloat16 else 1
     got = y[:, :, 0].double().numpy()
     assert np.linalg.norm(got - want) <= BOUND[element] * np.linalg.norm(want)
