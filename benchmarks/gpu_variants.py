@@ -93,7 +93,7 @@ def packed(
         out["outer"] = torch.full((1,), size, device=device)
     if zeros:
         top = 1 << kind.bits
-        out["zeros"] = torch.randint(0, top, (count, rows), device=device, generator=g).to(torch.uint8)
+        out["zeros"] = torch.randint(0, top, (count, rows), device=device, generator=g).to(torch.int16)
     return out | {"n": n, "group": group, "form": form}
 
 

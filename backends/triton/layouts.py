@@ -19,8 +19,9 @@ Integers are stored unsigned, plus their form's shift. Padding holds the shift, 
 points; its scales are 0, and kernels take activations beyond K as 0.
 
 *Scales*: ``[G', N']`` in their own type, G' = ceil(128 ceil(K / 128) / group), or 1 row where a scale spans K.
-*Zeros*: the same shape; whole ones uint8, shifted as codes are; floats in their own type and not shifted, since a sum
-would round: ``value = (stored - shift - zero) * scale``.
+*Zeros*: the same shape; whole ones int16, shifted as codes are (a load of 8 bits makes Triton choose another order for
+operands of 16); floats in their own type and not shifted, since a sum would round: ``value = (stored - shift - zero) *
+scale``.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def unpack_scales(laid: Array, n: int, k: int, group: int, *, whole: bool = Fals
 
 
 def pack_zeros(zeros: Array, n: int, k: int, group: int, form: str) -> Array:
-    """Zero points, shaped as scales are: whole ones as shifted uint8 with the shift in the padding, floats as given.
+    """Zero points, shaped as scales are: whole ones as shifted int16 with the shift in the padding, floats as given.
 
     Raises InputError for another shape, another type of integers, or a form that is no integer.
     """
@@ -178,12 +179,12 @@ def pack_zeros(zeros: Array, n: int, k: int, group: int, form: str) -> Array:
         return pack_scales(zeros, n, k, group)
     if zeros.dtype != _STORAGE[form]:
         raise InputError(f"whole zero points of {form} codes are {_STORAGE[form]} as the codes are, not {zeros.dtype}")
-    return pack_scales(zeros.view(np.uint8), n, k, group) + np.uint8(known.shift)
+    return pack_scales(zeros.astype(np.int16), n, k, group) + np.int16(known.shift)
 
 
 def unpack_zeros(laid: Array, n: int, k: int, group: int, form: str, *, whole: bool = False) -> Array:
     """Inverse of :func:`pack_zeros`."""
     plain = unpack_scales(laid, n, k, group, whole=whole)
-    if plain.dtype != np.uint8:
+    if plain.dtype != np.int16:
         return plain
-    return (plain - np.uint8(form_called(form).shift)).view(_STORAGE[form])
+    return (plain - np.int16(form_called(form).shift)).astype(_STORAGE[form])

@@ -18,7 +18,7 @@ from qcompiler.backends.triton import layouts
 from qcompiler.backends.triton import ops as _registered  # noqa: F401  (the calls name its operators)
 from qcompiler.backends.triton.forms import form_called
 from qcompiler.backends.triton.scheme_forms import form_of, group_of
-from qcompiler.dtypes import BF16, F32, INT32, UINT8, Array, DType
+from qcompiler.dtypes import BF16, F32, INT32, TABLE, UINT8, Array, DType
 from qcompiler.errors import InputError
 from qcompiler.float_codes import split_scales
 from qcompiler.ir import Op, Value
@@ -124,7 +124,7 @@ class Weight:
         return b.laid_out(source, key, lambda: b.derived("weight_scales", [payload], how, kind, shape))
 
     def zeros(self) -> Value | None:
-        """``[G', N']`` in uint8, or floats; None where the scheme has none."""
+        """``[G', N']`` in int16, or floats; None where the scheme has none."""
         b, (n, k, group, form) = self.builder, (self.n, self.k, self.group, self.form)
         if b.op.operand(self.first + 2) is None:
             return None
@@ -133,7 +133,7 @@ class Weight:
         def pack(zeros: Array) -> Array:
             return layouts.pack_zeros(spread(zeros), n, k, group, form)
 
-        stored = UINT8 if payload.dtype.is_integer else payload.dtype
+        stored = TABLE["int16"] if payload.dtype.is_integer else payload.dtype
         shape = (layouts.scale_rows(k, group), layouts.padded(n, layouts.ROWS))
         key = ("zeros", group, form)
         source = b.at(self.first + 2)

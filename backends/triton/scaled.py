@@ -243,7 +243,7 @@ class _Case:
             codes = fake(layouts.fragment_shape(self.n, self.k, self.form), torch.int32)
             laid = (layouts.scale_rows(self.k, self.group), layouts.padded(self.n, layouts.ROWS))
             scales = fake(laid, torch.bfloat16)
-            zeros = fake(laid, torch.uint8) if self.asym else None
+            zeros = fake(laid, torch.int16) if self.asym else None
         else:
             codes = fake((self.n, self.k), CODES[self.form])
             scales = fake((-(-self.n // BLOCK), spans) if self.blocks else (self.n,), torch.float32)

@@ -135,5 +135,5 @@ def _check_scales(c: Call) -> None:
     if tuple(c.scales.shape) not in shapes or c.scales.dtype not in FLOATS:
         want = " or ".join(str(list(s)) for s in shapes)
         raise refused(f"scales of {c.form} weights are floats {want}, not {c.scales.dtype}{list(c.scales.shape)}")
-    if c.zeros is not None and (c.zeros.dtype != torch.uint8 or c.zeros.shape != c.scales.shape):
-        raise refused(f"zero points are uint8{list(c.scales.shape)}, not {c.zeros.dtype}{list(c.zeros.shape)}")
+    if c.zeros is not None and (c.zeros.dtype != torch.int16 or c.zeros.shape != c.scales.shape):
+        raise refused(f"zero points are int16{list(c.scales.shape)}, not {c.zeros.dtype}{list(c.zeros.shape)}")

@@ -10,14 +10,11 @@ scale before it too; and a zero point that is no whole number moves its weights 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from qcompiler.backends.triton.architectures import architecture
-from qcompiler.backends.triton.claims import Claim, fake
 from qcompiler.backends.triton.forms import Form, form_called
 from qcompiler.backends.triton.launching import launch, sm_of
 from qcompiler.backends.triton.layouts import ROWS, fragment_shape, padded, scale_rows, unpack_codes
@@ -60,7 +57,7 @@ def check_weight(
     """
     known = form_called(form)
     least = 16 if form == "nvfp4" else 32
-    if group and (group < least or group > 128 and group % 128 or group < 128 and group & (group - 1)):
+    if group and (group < least or (group > 128 and group % 128) or (group < 128 and group & (group - 1))):
         raise InputError(f"qcompiler::{op}: groups are 32, 64 or a multiple of 128 (nvfp4: 16), or 0, not {group}")
     want = (*experts, *fragment_shape(n, k, form))
     if codes.dtype != torch.int32 or tuple(codes.shape) != want:
@@ -74,7 +71,7 @@ def check_weight(
     if zeros is not None:
         if known.kind != "integer":
             raise InputError(f"qcompiler::{op}: {form} codes have no zero points; leave zeros out")
-        _check_laid(op, "zeros", zeros, laid, (torch.uint8, *_FLOATS))
+        _check_laid(op, "zeros", zeros, laid, (torch.int16, *_FLOATS))
     if global_scale is not None and (global_scale.dtype != torch.float32 or global_scale.numel() != 1):
         raise InputError(
             f"qcompiler::{op}: the scale of the whole tensor is one torch.float32, not "
@@ -166,7 +163,7 @@ def decoded_rows(
     if known.kind == "integer":
         values = torch.from_numpy(stored + np.uint8(known.shift)).float()
         zero = torch.tensor(float(known.shift)) if zeros is None else _spread(zeros.float(), group, k)
-        if zeros is not None and zeros.dtype != torch.uint8:
+        if zeros is not None and zeros.dtype != torch.int16:
             zero = zero + known.shift
         values -= zero
     else:
@@ -227,7 +224,7 @@ def _reference(
         sums[:, part] = rows @ decoded_rows(codes[:, part], scales[:, part], of_part, k, group, form).T
     if global_scale is not None:
         sums *= global_scale.reshape(())
-    return finished(sums[:, :n].reshape(*x.shape[:-1], n), bias, act, mul, residual, x.dtype)
+    return finished(sums[:, :n].reshape(*x.shape[:-1], n), bias, act, mul, residual, x.dtype).contiguous()
 
 
 def _fake(
@@ -263,7 +260,7 @@ def four_columns(sm: int, tile: Tile) -> bool:
 
 def zero_kind(zeros: torch.Tensor | None) -> int:
     """0 where there are no zero points, 1 where they are whole, 2 where they are floats (``unpack.NO_ZEROS`` ...)."""
-    return 0 if zeros is None else 1 if zeros.dtype == torch.uint8 else 2
+    return 0 if zeros is None else 1 if zeros.dtype == torch.int16 else 2
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

@@ -140,6 +140,7 @@ def _parameters(
     tile,
     stride,
     STEP: tl.constexpr,
+    BN: tl.constexpr,
     GROUP: tl.constexpr,
     FORM: tl.constexpr,
     ZEROS: tl.constexpr,
@@ -147,21 +148,33 @@ def _parameters(
     BF16: tl.constexpr,
 ):
     """Pairs of scale, zero point and its rest for step ``STEP`` of the words of k-tile ``tile``: ``[BN, words]`` where
-    a tile has several groups, else ``[BN, 1]``. A row of words is loaded by the lanes that multiply it."""
+    a tile has several groups, else ``[BN, 1]``."""
     BITS: tl.constexpr = bits_of(FORM)
+    HELD: tl.constexpr = 1 if GROUP == 0 or GROUP >= 128 else min(BITS, 128 // GROUP)
     if GROUP == 0:
-        at = rows[:, None]
+        at = rows
     elif GROUP >= 128:
-        at = (tile // (GROUP // 128)) * stride + rows[:, None]
+        at = (tile // (GROUP // 128)) * stride + rows
     else:
-        chunk = (tl.arange(0, 4 * BITS) % BITS) * (8 // BITS) + STEP
-        at = (tile * (128 // GROUP) + chunk // (GROUP // 16))[None, :] * stride + rows[:, None]
+        COLUMNS: tl.constexpr = 128 // BITS  # that a word's codes come from
+        group = tl.arange(0, HELD) * max(1, COLUMNS // GROUP) + (16 * STEP % COLUMNS) // GROUP
+        at = (tile * (128 // GROUP) + group)[None, :] * stride + rows[:, None]
     scale = twice(scale_values(tl.load(scales_ptr + at), FORM), BF16) if SCALED else 0
     if ZEROS == NO_ZEROS:
-        return scale, 0, 0
+        zero, rest = 0, 0
     else:
         zero, rest = zero_pairs(tl.load(zeros_ptr + at), FORM, ZEROS, BF16)
-        return scale, zero, rest
+        zero = each_word(zero, BN, HELD, BITS)
+        rest = each_word(rest, BN, HELD, BITS) if ZEROS == FLOAT_ZEROS else 0
+    scale = each_word(scale, BN, HELD, BITS) if SCALED else 0
+    return scale, zero, rest
+
+
+@triton.jit
+def each_word(values, BN: tl.constexpr, HELD: tl.constexpr, BITS: tl.constexpr):
+    """Values of groups ``[BN, HELD]`` for the words of all four lanes ``[BN, 4 * BITS]``."""
+    spread = tl.broadcast_to(tl.reshape(values, (BN, 1, HELD, 1)), (BN, 4, HELD, BITS // HELD))
+    return tl.reshape(spread, (BN, 4 * BITS))
 
 
 @triton.jit
@@ -187,7 +200,7 @@ def weight_tile(
     are in natural order, or, with ``LANES``, as :func:`lane_columns` gives them.
     """
     BITS: tl.constexpr = bits_of(FORM)
-    scale, zero, rest = _parameters(scales_ptr, zeros_ptr, rows, tile, stride, 0, GROUP, FORM, ZEROS, SCALED, BF16)
+    scale, zero, rest = _parameters(scales_ptr, zeros_ptr, rows, tile, stride, 0, BN, GROUP, FORM, ZEROS, SCALED, BF16)
     out = step_tile(words, zero, rest, scale, 0, FORM, ZEROS, SCALED, BF16)
     if BITS == 8:
         out = tl.reshape(out, (BN, 4, 8, 2, 2))  # n, c, h, lo, hi
@@ -196,7 +209,7 @@ def weight_tile(
         MIXED: tl.constexpr = GROUP != 0 and GROUP < 16 * (8 // BITS)  # a word has codes of several groups
         if MIXED:
             scale, zero, rest = _parameters(
-                scales_ptr, zeros_ptr, rows, tile, stride, 1, GROUP, FORM, ZEROS, SCALED, BF16
+                scales_ptr, zeros_ptr, rows, tile, stride, 1, BN, GROUP, FORM, ZEROS, SCALED, BF16
             )
         out = tl.join(out, step_tile(words, zero, rest, scale, 1, FORM, ZEROS, SCALED, BF16))
         if BITS == 4:
@@ -205,12 +218,12 @@ def weight_tile(
         else:
             if MIXED:
                 scale, zero, rest = _parameters(
-                    scales_ptr, zeros_ptr, rows, tile, stride, 2, GROUP, FORM, ZEROS, SCALED, BF16
+                    scales_ptr, zeros_ptr, rows, tile, stride, 2, BN, GROUP, FORM, ZEROS, SCALED, BF16
                 )
             more = step_tile(words, zero, rest, scale, 2, FORM, ZEROS, SCALED, BF16)
             if MIXED:
                 scale, zero, rest = _parameters(
-                    scales_ptr, zeros_ptr, rows, tile, stride, 3, GROUP, FORM, ZEROS, SCALED, BF16
+                    scales_ptr, zeros_ptr, rows, tile, stride, 3, BN, GROUP, FORM, ZEROS, SCALED, BF16
                 )
             more = tl.join(more, step_tile(words, zero, rest, scale, 3, FORM, ZEROS, SCALED, BF16))
             out = tl.reshape(tl.join(out, more), (BN, 4, 2, 2, 2, 2, 2))  # n, c, h, lo, hi, s % 2, s // 2

@@ -75,6 +75,8 @@ def accumulate(
         if LATE:
             scale = tl.load(scales_ptr + (tile // (GROUP // 128)) * stride + weight_rows)
             acc += tl.dot(weights, x) * scale_values(scale, FORM)[:, None]
+        elif BM <= 64:
+            acc = tl.fma(tl.dot(weights, x), 1.0, acc)
         else:
             acc = tl.dot(weights, x, acc)
     if GROUP == 0:

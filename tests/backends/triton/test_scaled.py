@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         arguments("int8", scales=torch.ones(71)),
         r"floats \[72\] or \[1\] or \[1, 3\], not torch.float32\[71\]",
     ),
-    "zero type": (arguments("int4", zeros=torch.zeros(1, 128)), r"uint8\[1, 128\], not torch.float32"),
+    "zero type": (arguments("int4", zeros=torch.zeros(1, 128)), r"int16\[1, 128\], not torch.float32"),
     "out": (arguments("int8", out=torch.int8), "f32, f16 or bf16, not torch.int8"),
     "act": (arguments("int8", act="tanh"), "not 'tanh'"),
     "bias": (arguments("int8", bias=torch.ones(5)), r"\[72\], not \[5\]"),
