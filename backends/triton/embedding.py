@@ -62,7 +62,8 @@ def _reference(
     flat = indices.reshape(-1).long()
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= codes.shape[1]):
         raise InputError(
-            f"qcompiler::wn_embedding: indices {int(flat.min())}..{int(flat.max())} for a table of {codes.shape[1]} rows"
+            f"qcompiler::wn_embedding: indices {int(flat.min())}..{int(flat.max())} for a table of "
+            f"{codes.shape[1]} rows"
         )
     y = torch.empty((flat.numel(), k), dtype=out)
     step = max(1, _CHUNK // max(1, k * ROWS)) * ROWS

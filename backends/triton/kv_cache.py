@@ -91,7 +91,7 @@ def write_cuda(
     form: str,
     tile: Tile | None = None,
 ) -> None:
-    """Launch the writer, one program for up to ``tile.bm`` tokens of a head. Positions outside the cache are skipped."""
+    """Launch the writer, one program for up to ``tile.bm`` tokens of a head; positions outside are skipped."""
     from qcompiler.backends.triton.device.kv_writing import write_kernel
 
     check_write(codes, scales, zeros, values, positions, form)
@@ -299,8 +299,8 @@ class QuantizedCache:
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None = None) -> None:
-        """Put in ``keys`` and ``values [B, H_kv, S, D]``: after the tokens there are, or at ``positions``, int64 ``[S]``
-        or ``[B, S]``. A sequence's length becomes its highest position plus one, if that is more than before.
+        """Put in ``keys`` and ``values [B, H_kv, S, D]``: after the tokens there are, or at ``positions``, int64
+        ``[S]`` or ``[B, S]``. A sequence's length becomes its highest position plus one, if that is more than before.
 
         On CPUs a position beyond the cache raises InputError; on GPUs the token is dropped.
         """

@@ -85,8 +85,8 @@ def check_cache(
     width = codes_width(head_dim, form)
     if codes.dim() != 4 or codes.shape[3] != width or codes.dtype != FORMS[form]:
         raise InputError(
-            f"qcompiler::{op}: {form} codes of heads of {head_dim} features are {FORMS[form]}[B, H_kv, T, {width}], not "
-            f"{codes.dtype}{list(codes.shape)}"
+            f"qcompiler::{op}: {form} codes of heads of {head_dim} features are {FORMS[form]}[B, H_kv, T, {width}], "
+            f"not {codes.dtype}{list(codes.shape)}"
         )
     if codes.stride(3) != 1:
         raise InputError(f"qcompiler::{op}: the codes of a token lie side by side, not {codes.stride(3)} bytes apart")

@@ -67,7 +67,7 @@ def test_what_is_no_number_is_read_back_as_none(form: str, bad: float) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
 def test_attention_is_that_of_what_the_cache_holds(form: str, dtype: torch.dtype, bound: float) -> None:
     cache = filled(form)
     cache.write(drawn(2, 2, 1, 64, seed=5), drawn(2, 2, 1, 64, seed=6), torch.tensor([[9], [3]]))
@@ -113,7 +113,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("call, told", REFUSED)
+@pytest.mark.parametrize(("call", "told"), REFUSED)
 def test_what_does_not_fit_is_refused(call: object, told: str) -> None:
     with pytest.raises(InputError, match=told):
         call()  # type: ignore[operator]
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused(call: object, told: str) -> None:
 def test_lengths_beyond_the_cache_are_refused() -> None:
     cache = filled("int8")
     cache.lengths.fill_(13)
-    with pytest.raises(InputError, match="lengths 13..13 for a cache of 12 tokens"):
+    with pytest.raises(InputError, match=r"lengths 13\.\.13 for a cache of 12 tokens"):
         cache.attend(drawn(2, 2, 1, 64))
 
 
@@ -132,9 +132,13 @@ def test_the_operators_keep_the_rules_of_torch(form: str) -> None:
     keys = (cache.k_codes, cache.k_scales, cache.k_zeros)
     values = (cache.v_codes, cache.v_scales, cache.v_zeros)
     positions = torch.tensor([0, 4])
-    torch.library.opcheck(torch.ops.qcompiler.kv_write, (*keys, drawn(2, 2, 2, 64), positions, form))
-    q = drawn(2, 4, 1, 64)
-    torch.library.opcheck(torch.ops.qcompiler.kv_attention, (q, *keys, *values, cache.lengths, 0.125, form))
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if form == "f8e4m3":
+        checks.remove("test_schema")  # it compares arguments by allclose, which torch has not for 8-bit floats
+    ops = torch.ops.qcompiler
+    torch.library.opcheck(ops.kv_write, (*keys, drawn(2, 2, 2, 64), positions, form), test_utils=checks)
+    given = (drawn(2, 4, 1, 64), *keys, *values, cache.lengths, 0.125, form)
+    torch.library.opcheck(ops.kv_attention, given, test_utils=checks)
 
 
 class Step(torch.nn.Module):

@@ -32,7 +32,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("form, group, zero, out", CASES)
+@pytest.mark.parametrize(("form", "group", "zero", "out"), CASES)
 def test_rows_asked_for_are_those_of_the_table(form: str, group: int, zero: str, out: torch.dtype) -> None:
     n, k = 70, 300
     table = draw(form, n, k, group, zero, seed=3)

@@ -14,7 +14,7 @@ WRITE = Tile(16, 1, 1, 4, 1)
 FORMS = tuple(kv_codes.FORMS)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 6e-3, torch.float32: 1.5e-3}
-"""Half a unit in the last place of the output, 2^-11 and 2^-9, plus query and weights rounded to float16, 2^-11 each."""
+"""Half a unit in the last place of the output, 2^-11 and 2^-8, plus query and weights in float16, 2^-11 each."""
 
 
 def empty_cache(batch: int, heads: int, tokens: int, head_dim: int, form: str) -> tuple[torch.Tensor, ...]:
@@ -135,7 +135,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("heads, kv_heads, head_dim, batch, rows, split", CASES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "batch", "rows", "split"), CASES)
 def test_attention_is_that_of_what_the_cache_holds(
     form: str, heads: int, kv_heads: int, head_dim: int, batch: int, rows: int, split: int
 ) -> None:
@@ -161,4 +161,5 @@ def test_attention_is_that_of_what_the_cache_holds(
         not y[:, :, 0].numpy().astype(np.float64)[[n == 0 for n in lengths]].any() if element != torch.bfloat16 else 1
     )
     got = y[:, :, 0].double().numpy()
+    assert not got[[n == 0 for n in lengths]].any()
     assert np.linalg.norm(got - want) <= BOUND[element] * np.linalg.norm(want)
