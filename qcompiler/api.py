@@ -222,13 +222,19 @@ class Inspection:
 
 
 def inspect(path: str | Path, *, target: str | None = None) -> Inspection:
-    """The graph of a file, its sites, sizes and kernels; nothing is run. ``target``: by default that of such files."""
-    path = Path(path)
+    """The graph of a file, its sites, sizes and kernels; nothing is run.
+
+    ``target``: by default what the file says it was compiled for where that is no CPU, else the CPU of such files.
+    """
+    path, given = Path(path), target
     target = target or ("torch-cpu" if path.suffix == ".pt2" else "ort-cpu")
     if path.suffix == ".qir":
         return Inspection(read_qir(path), Report(target=target, source=Source("qir", str(path))))
     captured = backend_of(target).capture(path, None, None, Silent())
     try:
+        told = str(dict(captured.graph.meta.get("metadata", ())).get("qcompiler.target", target))
+        if given is None and told.partition(":")[0] in BACKENDS and told.partition(":")[0] != target:
+            target = told
         return Inspection(captured.graph, verify(path, target=target, run=False))
     finally:
         captured.close()

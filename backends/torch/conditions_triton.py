@@ -74,8 +74,8 @@ def parameters_wrong(n: LowBit) -> str | None:
     if n.zeros is not None and FORMS[form].kind != "integer":
         return f"{form} codes have no zero points, and it is given some"
     zero = None if n.zeros is None else n.zeros.tensor.dtype
-    if zero is not None and zero.name != "uint8" and not zero.is_float:
-        return f"its zero points are {zero}; whole ones are uint8, shifted as the codes are"
+    if zero is not None and zero.name != "int16" and not zero.is_float:
+        return f"its zero points are {zero}; whole ones are int16, shifted as the codes are"
     whole = form == "nvfp4"
     if n.call != A8_LINEAR and (n.whole is not None) != whole:
         return f"{form} codes {'need' if whole else 'have no'} factor of the whole tensor"

@@ -103,7 +103,9 @@ def _weight_only(form: Form) -> tuple[KernelRow, KernelRow]:
 
 def _gather() -> KernelRow:
     forms = [takes(f) for f in FORMS.values() if f.name != "nvfp4"]
-    every = {key: frozenset[Any]().union(*(f.get(key, ()) for f in forms)) for key in takes(FORMS["f8e4m3"])}
+    every: dict[str, Any] = {
+        key: frozenset[Any]().union(*(f.get(key, ()) for f in forms)) for key in takes(FORMS["f8e4m3"])
+    }
     return KernelRow(
         row_name("gather"),
         "q.embedding",

@@ -60,7 +60,7 @@ def test_each_site_has_a_kernel_for_decode_and_one_for_prefill(recipe: str) -> N
 
 def test_stored_bytes_are_those_of_the_constants() -> None:
     sites = {s.name: s.bytes for s in examine(lowered("w4a16", SPEC), HOPPER).sites}
-    assert sites["up"] == {"codes": 128 * 128 // 2, "scales": 128 * 2, "zeros": 128}  # 100 x 64 is padded
+    assert sites["up"] == {"codes": 128 * 128 // 2, "scales": 128 * 2, "zeros": 128 * 2}  # 100 x 64 is padded
 
 
 # -- mutants ---------------------------------------------------------------------------------------------------------
