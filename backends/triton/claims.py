@@ -24,7 +24,8 @@ class Claim:
     store to. ``wide``: the pointer arguments whose loads from global memory must be 16 bytes a thread; where
     ``products`` is given, nothing that is loaded from them may be stored before a product or a sum has taken it in.
     ``loop_weights``: weights that a block takes in one turn of its main loop (bn * bk), for instructions per weight; 0
-    where that says nothing.
+    where that says nothing. ``load_bytes``: what the wide loads are where a lane's share of the weights is less than 16
+    bytes.
     """
 
     row: str
@@ -35,6 +36,7 @@ class Claim:
     wide: frozenset[str] = frozenset()
     least_sm: int = 80
     loop_weights: int = 0
+    load_bytes: int = 16
 
 
 @functools.cache

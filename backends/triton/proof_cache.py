@@ -37,7 +37,15 @@ def entry_path(claim: Claim, sm: int) -> Path | None:
     tiles = cache_path(sm)
     if tiles is None:
         return None
-    about = [claim.row, claim.case, claim.products, sorted(claim.outputs), sorted(claim.wide), claim.loop_weights]
+    about = [
+        claim.row,
+        claim.case,
+        claim.products,
+        sorted(claim.outputs),
+        sorted(claim.wide),
+        claim.loop_weights,
+        claim.load_bytes,
+    ]
     key = hashlib.sha256(f"{sources_digest()}\n{sm}\n{json.dumps(about)}".encode()).hexdigest()[:32]
     return tiles.parent.parent / "proofs" / f"{key}.json"
 

@@ -27,9 +27,6 @@ from qcompiler.backends.triton.launching import Launch, Recorder, recording
 from qcompiler.backends.triton.tracing import Load, Store, argument_names, read_loads, read_stores
 from qcompiler.errors import Error, InputError
 
-WIDE = 16
-"""Bytes that one thread should load at once: the widest load of every architecture before sm_100."""
-
 
 @dataclass(frozen=True)
 class KernelFigures:
@@ -182,8 +179,8 @@ def _faults_of_stores(name: str, claim: Claim, stores: tuple[Store, ...], unknow
 def _faults_of_loads(name: str, claim: Claim, loads: tuple[Load, ...]) -> Iterator[str]:
     for argument in sorted(claim.wide):
         widths = [load.bytes for load in loads if argument in load.sources]
-        if widths and min(widths) < WIDE:
-            yield f"{name} loads {argument} by {min(widths)} bytes a thread, not {WIDE}"
+        if widths and min(widths) < claim.load_bytes:
+            yield f"{name} loads {argument} by {min(widths)} bytes a thread, not {claim.load_bytes}"
 
 
 def _figures(launch: Launch, claim: Claim, code: Disassembly, loads: tuple[Load, ...], seconds: float) -> KernelFigures:
