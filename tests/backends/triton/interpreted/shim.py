@@ -163,6 +163,14 @@ def _erf(_: Any, handle: Any) -> Any:
     return Handle(torch.erf(torch.from_numpy(np.ascontiguousarray(handle.data))).numpy(), handle.dtype.scalar)
 
 
+def _fma(_: Any, x: Any, y: Any, z: Any) -> Any:
+    """Rounded once but for ties of the sum in f64; triton 3.6 rounds the product of f32 too."""
+    wide = np.promote_types(np.float64, x.data.dtype)
+    total = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return Handle(total.astype(x.data.dtype), x.dtype.scalar)
+
+
 def _clamp(_: Any, value: Any, low: Any, high: Any, propagate: Any) -> Any:
     upper, lower = (np.fmin, np.fmax) if propagate == ir.PROPAGATE_NAN.NONE else (np.minimum, np.maximum)
     return Handle(upper(lower(value.data, low.data), high.data), value.dtype.scalar)
@@ -187,6 +195,7 @@ def apply() -> None:
         TritonSemantic.dot_scaled = _formats_as_constants(TritonSemantic.dot_scaled)  # type: ignore[method-assign]
     builder.create_dot_scaled = dot_scaled
     builder.create_erf = _erf
+    builder.create_fma = _fma
     builder.create_clampf = _clamp
     builder.get_bf16 = lambda self, value: Handle(np.array([value], dtype=ml_dtypes.bfloat16), tl.bfloat16)
     if not hasattr(builder, "create_fneg"):
