@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qcompiler.backends.triton.architectures import Architecture, architecture
 from qcompiler.backends.triton.claims import Claim, fake_mode
@@ -92,6 +94,42 @@ class _Pointer:
 
     def data_ptr(self) -> int:
         return self._offset
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """The same number for all views of one memory."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes what a launcher has torch compute, by the memory it reads and writes; views and allocations do neither."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.computed: list[tuple[str, set[int]]] = []
+        self.wide: dict[int, str] = {}
+        self.kept: list[Any] = []  # a memory that was freed would give its number to another
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        made = {_storage(t) for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
+        self.kept += [read, out]
+        memory = {_storage(t) for t in read}
+        if memory and made - memory and "empty" not in str(func):
+            self.computed.append((str(func), memory | made))
+        return out
+
+    def launched(self, kernel: Any, args: tuple[Any, ...], wide: frozenset[str]) -> None:
+        """Remember the memory of arguments that are loaded wide."""
+        for name, value in zip(kernel.arg_names, args, strict=False):
+            if name in wide and isinstance(value, torch.Tensor):
+                self.wide[_storage(value)] = name
+
+    def faults(self) -> Iterator[str]:
+        for function, memory in self.computed:
+            for number in memory & self.wide.keys():
+                yield f"the launcher has torch compute {self.wide[number]}, or from it, by {function} at each call"
 
 
 @contextlib.contextmanager
@@ -207,11 +245,11 @@ def _figures(launch: Launch, claim: Claim, code: Disassembly, loads: tuple[Load,
     )
 
 
-def judge(claim: Claim, sm: int, launches: Iterable[tuple[Launch, float]]) -> Proof:
-    """Judge what a claim's launcher compiled; ``launches`` come with the seconds that compiling took."""
+def judge(claim: Claim, sm: int, launches: Iterable[tuple[Launch, float]], faults: list[str]) -> Proof:
+    """Judge what a claim's launcher compiled; ``launches`` come with the seconds that compiling took, ``faults`` are
+    those of the launcher itself."""
     found = architecture(sm)
     kernels: list[KernelFigures] = []
-    faults: list[str] = []
     read: set[str] = set()
     for launch, seconds in launches:
         asm, name = launch.compiled.asm, str(launch.compiled.metadata.name)
@@ -249,23 +287,25 @@ def prove_claim(claim: Claim, sm: int) -> Proof:
     """Compile and judge one claim. What does not compile is a fault of the proof, not an error."""
     target = gpu_target("cuda", sm)
     seconds: list[float] = []
+    watch = _Watch()
 
     def compile_it(kernel: Any, args: tuple[Any, ...], grid: tuple[int, ...], options: dict[str, Any]) -> Any:
         start = time.perf_counter()
         compiled = compile_kernel(kernel, args, grid, options, target)
         seconds.append(time.perf_counter() - start)
+        watch.launched(kernel, args, claim.wide)
         return compiled
 
     recorder = Recorder(sm, compile_it)
     try:
-        with recording(recorder), fake_mode():
+        with recording(recorder), fake_mode(), watch:
             claim.run()
     except Error as e:
         return Proof(claim.row, claim.case, sm, (), (str(e),))
     except Exception as e:  # triton raises errors of its own and of MLIR, without a common class
         said = " ".join(str(e).split())[:300]
         return Proof(claim.row, claim.case, sm, (), (f"does not compile for sm_{sm}: {type(e).__name__}: {said}",))
-    return judge(claim, sm, zip(recorder.launches, seconds, strict=True))
+    return judge(claim, sm, zip(recorder.launches, seconds, strict=True), list(watch.faults()))
 
 
 def prove(claims: Iterable[Claim], sm: int) -> list[Proof]:

@@ -57,21 +57,19 @@ def linear_kernel(
     tl.store(y_ptr + rm[:, None] * n + rn[None, :], acc.to(tl.float16))
 
 
-def linear(broken: int, bm: int, bn: int, bk: int, warps: int, stages: int) -> Callable[[], torch.Tensor]:
+def launch_linear(codes: torch.Tensor, broken: int, bm: int, bn: int, bk: int, warps: int, stages: int) -> None:
+    x = fake((M, K), torch.float16)
+    scales = fake((K // bk, N), torch.float16)
+    scratch, y = fake((N, K), torch.float16), fake((M, N), torch.float16)
+    launch(
+        linear_kernel, (max(1, M // bm), N // bn), x, codes, scales, scratch, y, M, N, K,
+        BM=bm, BN=bn, BK=bk, BROKEN=broken, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def linear(*options: int) -> Callable[[], None]:
     """A launcher on fake tensors."""
-
-    def run() -> torch.Tensor:
-        x = fake((M, K), torch.float16)
-        codes = fake((N, K), torch.int8)
-        scales = fake((K // bk, N), torch.float16)
-        scratch, y = fake((N, K), torch.float16), fake((M, N), torch.float16)
-        launch(
-            linear_kernel, (max(1, M // bm), N // bn), x, codes, scales, scratch, y, M, N, K,
-            BM=bm, BN=bn, BK=bk, BROKEN=broken, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        return y
-
-    return run
+    return lambda: launch_linear(fake((N, K), torch.int8), *options)
 
 
 def claim(broken: int = 0, bm: int = 128, bn: int = 64, bk: int = 128, warps: int = 4, stages: int = 3) -> Claim:

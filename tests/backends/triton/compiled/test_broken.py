@@ -6,7 +6,9 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
+from qcompiler.backends.triton.claims import fake
 from qcompiler.backends.triton.proving import prove
 from tests.backends.triton.compiled import broken
 from tests.backends.triton.compiled.broken import GOOD, claim
@@ -40,6 +42,20 @@ def test_a_broken_kernel_is_caught(way: str) -> None:
     (proof,) = prove([given], 90)
     assert not proof.holds
     assert any(re.search(sentence, fault) for fault in proof.faults), proof.faults
+
+
+def test_a_launcher_that_rewrites_the_weights_is_caught() -> None:
+    """What torch computes from the weights before the launch is no part of any kernel."""
+
+    def viewed() -> None:
+        broken.launch_linear(fake((broken.K, broken.N), torch.int8).t(), 0, 128, 64, 128, 4, 3)
+
+    def computed() -> None:
+        broken.launch_linear(fake((broken.N, broken.K), torch.int8) + 0, 0, 128, 64, 128, 4, 3)
+
+    assert prove([replace(GOOD, run=viewed)], 90)[0].holds
+    (proof,) = prove([replace(GOOD, run=computed)], 90)
+    assert proof.faults == ("the launcher has torch compute codes_ptr, or from it, by aten.add.Tensor at each call",)
 
 
 @pytest.mark.parametrize("sm", [80, 90, 100])
