@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -60,8 +61,25 @@ def declined_lines(plan: Plan) -> list[str]:
     for site in plan.sites:
         for kernel, why in site.declined.items():
             reasons[kernel, "; ".join(why)] += 1
-    lines = [f"  {kernel}: {why} ({plural(count, 'site')})" for (kernel, why), count in reasons.items()]
+    alien: dict[str, list[str]] = {}
+    for kernel, why in reasons:
+        if found := _OTHER_CODES.match(why):
+            alien.setdefault(found[1], []).append(kernel)
+    many = {codes: dict.fromkeys(names) for codes, names in alien.items() if len(set(names)) > MANY}
+    lines = []
+    for (kernel, why), count in reasons.items():
+        found = _OTHER_CODES.match(why)
+        if found is None or found[1] not in many:
+            lines.append(f"  {kernel}: {why} ({plural(count, 'site')})")
+    for codes, names in many.items():
+        short = ", ".join(name.partition("/")[2] for name in names)
+        lines.append(f"  {len(names)} kernels of other codes than {codes}: {short}")
     return ["", "kernels that were not chosen:", *lines] if lines else []
+
+
+_OTHER_CODES = re.compile(r"QC201: \S+ takes [\w, ]+ codes, not (\w+)")
+MANY = 4
+"""Kernels of other codes above which they are told in one line."""
 
 
 def print_inspection(name: str, found: Inspection) -> None:

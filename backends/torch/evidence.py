@@ -27,6 +27,7 @@ from qcompiler.backends.torch.judge import Judgement, NodeVerdict, examine, meta
 from qcompiler.backends.torch.reference import WRONG
 from qcompiler.backends.torch.sizing import constant_bytes, phase_feeds
 from qcompiler.backends.torch.stored import check_stored
+from qcompiler.backends.triton.rows import sm_features
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
 from qcompiler.sites import Site
@@ -64,9 +65,11 @@ class Inspection:
 
 
 class TorchEvidence(EvidenceCollector):
-    """Evidence from torch on this machine's CPU. ``worker``: a probe process; by default the one of this process.
+    """Evidence from torch on this machine's CPU, for ``torch-cuda`` on its GPU. ``worker``: a probe process; by default
+    the one of this process.
 
-    For ``torch-cuda``, and for programs of more than ``max_bytes``, nothing is run: the evidence is static and says so.
+    For ``torch-cuda`` where there is no GPU, and for programs of more than ``max_bytes``, nothing is run: the evidence
+    is static and says so.
     """
 
     def __init__(
@@ -105,15 +108,21 @@ class TorchEvidence(EvidenceCollector):
         out.result.findings = list(dict.fromkeys([*judged.findings, *out.result.findings, *check_stored(judged)]))
         return out
 
+    @property
+    def _cuda(self) -> bool:
+        return self.target.name == "torch-cuda"
+
     def _why_not_run(self, graph: Graph, run: bool) -> str:
         if not run:
             return "nothing was run: the verdict rests on kernel rows and on what is known of torch's operators"
-        if self.target.name != "torch-cpu":
+        if self._cuda and not torch.cuda.is_available():
             return f"{self.target} is not here: the verdict rests on its kernel rows"
         size = constant_bytes(graph)
         if size > self.max_bytes:
             return f"not run: {size / 2**30:.1f} GiB of weights are over the limit; the verdict rests on kernel rows"
         width, here = metadata_of(graph).get(WIDTH, ""), _width_here()
+        if self._cuda:
+            return ""
         if width and width != here and not (width == "avx2" and here == "avx512"):
             return f"not run: its weights are packed for {width}, and this machine runs torch's {here} code"
         return ""
@@ -121,9 +130,9 @@ class TorchEvidence(EvidenceCollector):
     def _run(self, out: Inspection, path: Path, folder: Path) -> None:
         """Run each phase and let what it shows overrule the rows."""
         graph, result = out.judged.graph, out.result
-        width = metadata_of(graph).get(WIDTH, "")
+        width = "" if self._cuda else metadata_of(graph).get(WIDTH, "")
         at = folder / "at"
-        job: dict[str, Any] = {"path": str(path.absolute()), "at": str(at)}
+        job: dict[str, Any] = {"path": str(path.absolute()), "at": str(at), "device": "cuda" if self._cuda else ""}
         job["capability"] = width if width and width != _width_here() else ""
         worker = self.worker or shared_worker(job["capability"])
         answers: dict[str, Any] = {}
@@ -155,7 +164,7 @@ class TorchEvidence(EvidenceCollector):
         if errors:
             result.notes.append(f"not every phase could be run with made-up inputs: {errors[0]}")
         self._weigh(out, answers)
-        if self.target.arch and self.target.features != detect_features():
+        if self.target.arch and self.target.features != (_gpu_here() if self._cuda else detect_features()):
             result.kind = "static"
             result.notes.append(f"measured on another chip than {self.target}: that can only add to what its rows say")
 
@@ -201,6 +210,12 @@ def shared_worker(capability: str = "") -> Worker:
         _WORKERS[capability] = Worker(module=MODULE)
         atexit.register(_WORKERS[capability].close)
     return _WORKERS[capability]
+
+
+def _gpu_here() -> frozenset[str]:
+    """What the GPU of this machine offers."""
+    major, minor = torch.cuda.get_device_capability()
+    return sm_features(10 * major + minor)
 
 
 def _width_here() -> str:

@@ -4,7 +4,7 @@ crash here.
 ``python -m qcompiler.backends.torch.probe`` reads one job a line from standard input and answers with one line each,
 both JSON. A job::
 
-    {"path": file, "at": file or null, "capability": "avx2" or "", "threads": 1,
+    {"path": file, "at": file or null, "capability": "avx2" or "", "threads": 1, "device": "cuda" or "",
      "phases": [{"name": "decode", "feed": {"names": [...], "arrays": npz}}, ...]}
 
 and its answer::
@@ -38,7 +38,7 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {"loaded": False, "error": "", "runs": []}
     torch.set_num_threads(int(job.get("threads", 1)))
     try:
-        watched = _open(Path(job["path"]), job.get("at"))
+        watched = _open(Path(job["path"]), job.get("at"), str(job.get("device", "")))
         out["loaded"] = True
     except Exception as e:  # whatever torch says of the file
         out["error"] = _line(e)
@@ -64,7 +64,11 @@ def _feed(feed: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(feed["names"], read_arrays(feed["arrays"]), strict=True))
 
 
-def _open(path: Path, at: str | None) -> Any:
+def _open(path: Path, at: str | None, device: str) -> Any:
+    if device:
+        from qcompiler.backends.torch.watching_gpu import OnDevice
+
+        return OnDevice.of(path, at).on(device)
     from qcompiler.backends.torch.watching import Watched
 
     return Watched.of(path, at)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from qcompiler import numerics
 from qcompiler.backends.torch.emit import filled, region_module
@@ -35,7 +36,9 @@ def runnable(graph: Graph, taps: Sequence[str]) -> Iterator[Run]:
 
 
 class Interpreter:
-    """A graph that can be called."""
+    """A graph that can be called. ``device``: where its tensors are, and those that it makes; None: as it says."""
+
+    device: torch.device | None = None
 
     def __init__(self, graph: Graph, taps: Sequence[str]) -> None:
         if graph.dialect != "aten":
@@ -103,10 +106,16 @@ class Interpreter:
         regions = self.regions.get(op, {})
         args = filled(op.attrs["args"], operands, kind, regions)
         kwargs = {k: filled(v, operands, kind, regions) for k, v in op.attrs.get("kwargs", ())}
+        if self.device is not None:
+            args, kwargs = self._there(args), self._there(kwargs)
         result = target(*args, **kwargs)
         if op.attrs.get("unpack", len(op.results) > 1):
             return list(result)[: len(op.results)]
         return [result] * len(op.results)
+
+    def _there(self, given: Any) -> Any:
+        """``given`` with this device in the place of any that it names."""
+        return pytree.tree_map(lambda v: self.device if isinstance(v, torch.device) else v, given)
 
 
 def _fed_one(value: Value, array: Array) -> Any:

@@ -157,7 +157,7 @@ def forget_all() -> None:
 
 
 def packed(payload: Payload) -> torch.Tensor:
-    """The values of ``payload`` as a tensor: those that were made before, or made now and kept."""
+    """The values of ``payload`` as a tensor, where its parameters are: those made before, or made now and kept."""
     sources = list(weights_behind(payload))
     if not sources:
         return tensor_of(payload)
@@ -165,7 +165,7 @@ def packed(payload: Payload) -> torch.Tensor:
     with _lock:
         found = _results.get(key)
     if found is None:
-        tensor = tensor_of(payload)
+        tensor = tensor_of(payload).to(sources[0].tensor.device)
         noted = tuple(dict(q.stats) for q in quantizers_behind(payload))
         with _lock:
             _results[key] = _Result(tensor, noted)

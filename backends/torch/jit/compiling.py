@@ -274,7 +274,8 @@ def _pack(prepared: Prepared, lifted: Lifted, options: Options) -> list[torch.Te
                     releasing.release(weight.tensor, weight.name)
     if freeable:
         give_back()
-    return [out[id(p)] for p in lifted.constants]
+    device = next((w.tensor.device for w in prepared.captured.weights), None)
+    return [out[id(p)] if device is None else out[id(p)].to(device) for p in lifted.constants]
 
 
 def _first(payload: Payload, captured: CapturedGraph) -> int:

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import ShortenTraceback
 
+from qcompiler.backends.chips import SM
 from qcompiler.backends.torch.jit import releasing
 from qcompiler.backends.torch.jit.compiling import Order, compile_untouched
 from qcompiler.backends.torch.jit.growing import marked
@@ -102,8 +103,13 @@ def _wants_gradients(value: torch.Tensor) -> bool:
 
 
 def _target(example_inputs: Sequence[Any]) -> str:
-    on_cuda = any(isinstance(v, torch.Tensor) and v.is_cuda for v in example_inputs)
-    return "torch-cuda" if on_cuda else "torch-cpu"
+    """``torch-cpu``, or ``torch-cuda`` with the newest architecture that has a word and is not newer than the GPU."""
+    gpu = next((v.device for v in example_inputs if isinstance(v, torch.Tensor) and v.is_cuda), None)
+    if gpu is None:
+        return "torch-cpu"
+    major, minor = torch.cuda.get_device_capability(gpu)
+    known = [sm for sm in SM if sm <= 10 * major + minor]
+    return f"torch-cuda:sm_{known[-1]}" if known else "torch-cuda"
 
 
 def _passing(error: Error) -> Error:

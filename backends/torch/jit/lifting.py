@@ -53,8 +53,12 @@ def lift(captured: CapturedGraph) -> Lifted:
 
 
 def examples_for(lifted: Lifted, examples: Sequence[Any]) -> list[Any]:
-    """Fake inputs for the module, out of those for the graph that it was made of; no constant is computed."""
+    """Fake inputs for the module, out of those for the graph that it was made of; no constant is computed.
+
+    Constants are where the model's weights are.
+    """
     mode = detect_fake_mode(examples)
+    device = next((e.device for e in examples if isinstance(e, torch.Tensor) and e.is_cuda), torch.device("cpu"))
     out = [examples[place] for place in lifted.read]
     for payload in lifted.constants:
         if mode is None:
@@ -63,7 +67,7 @@ def examples_for(lifted: Lifted, examples: Sequence[Any]) -> list[Any]:
             out.append(mode.from_tensor(payload.tensor))
         else:
             with mode:
-                out.append(torch.empty(payload.shape, dtype=_stored(payload)))
+                out.append(torch.empty(payload.shape, dtype=_stored(payload), device=device))
     return out
 
 
