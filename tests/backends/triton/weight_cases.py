@@ -127,12 +127,13 @@ def bound(weight: Weight, x: Wide, element: torch.dtype, *, scaled: bool) -> Wid
     """How far f32 sums ``[M, N]`` of a kernel may be from those of ``x [M, K]`` in float64.
 
     ``element``: the 16 bits in which it multiplies. ``scaled``: scales go on the weights, which rounds the scale and the
-    product. NF4's table is rounded once. A zero point that is no whole number moves a weight by a quarter of the type's
-    roundoff in steps. Sums in f32 lose at most K roundoffs of it; scales on sums, a factor and partial sums 8 more.
+    product. NF4's table is rounded once. A zero point that is no whole number is off by a quarter of the type's roundoff
+    in steps, and its difference to the code is rounded. Sums in f32 lose at most K roundoffs of it; scales on sums, a
+    factor and partial sums 8 more.
     """
     u, k = ROUNDOFF[element], x.shape[1]
     exact = weight.form in ("mxfp4", "nvfp4")
-    roundings = (2 if scaled and not exact else 0) + (weight.form == "nf4")
+    roundings = (2 if scaled and not exact else 0) + (weight.form == "nf4") + (weight.zero == "float")
     size, steps = np.abs(x) @ np.abs(weight.values).T, np.abs(x) @ weight.steps.T
     out = size * ((1 + u) ** roundings - 1 + (k + 8) * 2.0**-24)
-    return out + (u / 4 * steps if weight.zero == "float" else 0)
+    return out + (u / 4 * (1 + u) ** 3 * steps if weight.zero == "float" else 0)

@@ -1,4 +1,4 @@
-"""Kernels that decode floats and codebooks, in the interpreter: every code against its type, products against float64."""
+"""Kernels that decode floats and NF4, in the interpreter: every code against its type, products against float64."""
 
 from __future__ import annotations
 
