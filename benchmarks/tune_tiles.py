@@ -78,7 +78,7 @@ def problem(kernel: str, m: int, n: int, k: int, make: Maker) -> Callable[[Tile]
             make(fragment_shape(n, k, form), torch.int32),
             make(laid, kind),
         )
-        zeros = make(laid, torch.uint8) if FORMS[form].kind == "integer" and FORMS[form].bits < 8 else None
+        zeros = make(laid, torch.int16) if FORMS[form].kind == "integer" and FORMS[form].bits < 8 else None
         outer = make((1,), torch.float32) if form == "nvfp4" else None
         return lambda tile: weight_only.linear_cuda(
             x, codes, scales, zeros, outer, None, None, None, n, group, form, "none", tile
