@@ -126,10 +126,10 @@ def _zeros(
 def bound(weight: Weight, x: Wide, element: torch.dtype, *, scaled: bool) -> Wide:
     """How far f32 sums ``[M, N]`` of a kernel may be from those of ``x [M, K]`` in float64.
 
-    ``element``: the 16 bits in which it multiplies. ``scaled``: scales go on the weights, which rounds the scale and the
-    product. NF4's table is rounded once. A zero point that is no whole number is off by a quarter of the type's roundoff
-    in steps, and its difference to the code is rounded. Sums in f32 lose at most K roundoffs of it; scales on sums, a
-    factor and partial sums 8 more.
+    ``element``: the 16 bits in which it multiplies. ``scaled``: scales go on the weights, which rounds the scale and
+    the product. NF4's table is rounded once. A zero point that is no whole number is off by a quarter of the type's
+    roundoff in steps, and its difference to the code is rounded. Sums in f32 lose at most K roundoffs of it; scales on
+    sums, a factor and partial sums 8 more.
     """
     u, k = ROUNDOFF[element], x.shape[1]
     exact = weight.form in ("mxfp4", "nvfp4")
