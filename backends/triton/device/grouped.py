@@ -1,4 +1,4 @@
-"""Products of sorted rows with the weights of their experts, in one launch whose grid does not depend on the sorting."""
+"""Products of sorted rows with the weights of their experts; the grid does not depend on how many rows each has."""
 
 import triton
 import triton.language as tl
@@ -62,8 +62,8 @@ def grouped_kernel(
     """``y [T, N]``: rows of expert e, which end at ``offsets[e]``, times its weight, plus its bias, activated.
 
     Grid: (tiles of rows, of which ``T // BM + min(EXPERTS + 1, T)`` are always enough, tiles of N). Codes are ``[E,
-    ceil(K / 128), N', words]``, scales and zero points ``[E, scale_rows, N']`` with N' = ``stride``. Rows behind those of
-    the last expert become 0.
+    ceil(K / 128), N', words]``, scales and zero points ``[E, scale_rows, N']`` with N' = ``stride``. Rows behind those
+    of the last expert become 0.
     """
     expert, first, end = expert_of(offsets_ptr, tl.program_id(0), T, EXPERTS, PADDED, BM)
     WORDS: tl.constexpr = 4 * bits_of(FORM)
