@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -128,6 +129,7 @@ def disassemble(cubin: bytes, ptx: str) -> Disassembly:
     return Disassembly(int(resources[0][1]), int(resources[1][1]), opcodes, tuple(loop), unrolled)
 
 
+@functools.lru_cache(maxsize=256)
 def assembler_log(ptx: str, sm: int) -> str:
     """What the assembler of this architecture says of the kernel under ``-v``."""
     import triton.backends.nvidia.compiler as compiler

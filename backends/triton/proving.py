@@ -11,6 +11,7 @@ has summed, or when weights are loaded fewer than 16 bytes at a time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import warnings
 from collections import defaultdict
@@ -245,6 +246,15 @@ def _figures(launch: Launch, claim: Claim, code: Disassembly, loads: tuple[Load,
     )
 
 
+@functools.lru_cache(maxsize=256)
+def _read(
+    cubin: bytes, ptx: str, ttir: str, llir: str
+) -> tuple[Disassembly, tuple[Store, ...], tuple[str, ...], tuple[Load, ...]]:
+    """What a kernel's code says of it; claims that differ in shape alone often share a kernel."""
+    stores, unknown = read_stores(ttir)
+    return disassemble(cubin, ptx), stores, unknown, read_loads(llir, argument_names(ttir))
+
+
 def judge(claim: Claim, sm: int, launches: Iterable[tuple[Launch, float]], faults: list[str]) -> Proof:
     """Judge what a claim's launcher compiled; ``launches`` come with the seconds that compiling took, ``faults`` are
     those of the launcher itself."""
@@ -253,9 +263,7 @@ def judge(claim: Claim, sm: int, launches: Iterable[tuple[Launch, float]], fault
     read: set[str] = set()
     for launch, seconds in launches:
         asm, name = launch.compiled.asm, str(launch.compiled.metadata.name)
-        code = disassemble(asm["cubin"], asm["ptx"])
-        stores, unknown = read_stores(asm["ttir"])
-        loads = read_loads(asm["llir"], argument_names(asm["ttir"]))
+        code, stores, unknown, loads = _read(asm["cubin"], asm["ptx"], asm["ttir"], asm["llir"])
         kernels.append(_figures(launch, claim, code, loads, seconds))
         read |= {argument for load in loads for argument in load.sources}
         faults += _faults_of_code(name, code, int(launch.compiled.metadata.shared), asm["ptx"], found)
