@@ -18,6 +18,7 @@ import torch
 from qcompiler.backends.triton.forms import Form, form_called
 from qcompiler.backends.triton.launching import launch, sm_of
 from qcompiler.backends.triton.layouts import ROWS, fragment_shape, padded, scale_rows, unpack_codes
+from qcompiler.backends.triton.layouts_float import places
 from qcompiler.backends.triton.registering import register
 from qcompiler.backends.triton.tiles import Tile, tile_for
 from qcompiler.dtypes import dtype
@@ -56,9 +57,11 @@ def check_weight(
     Raises InputError that names ``op``, what it got and what it takes.
     """
     known = form_called(form)
-    least = 16 if form == "nvfp4" else 32
-    if group and (group < least or (group > 128 and group % 128) or (group < 128 and group & (group - 1))):
-        raise InputError(f"qcompiler::{op}: groups are 32, 64 or a multiple of 128 (nvfp4: 16), or 0, not {group}")
+    fixed = {"mxfp4": 32, "nvfp4": 16}.get(form, group)
+    if group != fixed or (form not in ("mxfp4", "nvfp4") and group not in (32, 64) and group % 128):
+        raise InputError(
+            f"qcompiler::{op}: groups are 32, 64 or a multiple of 128, or 0 (mxfp4: 32, nvfp4: 16), not {group}"
+        )
     want = (*experts, *fragment_shape(n, k, form))
     if codes.dtype != torch.int32 or tuple(codes.shape) != want:
         raise InputError(
@@ -87,8 +90,8 @@ def _check_laid(op: str, name: str, got: torch.Tensor, want: tuple[int, ...], ki
     if tuple(got.shape) != want or got.dtype not in kinds:
         types = " or ".join(map(str, kinds))
         raise InputError(
-            f"qcompiler::{op}: {name} are {types} of shape {list(want)}, not {got.dtype}{list(got.shape)}; lay them out "
-            f"with layouts.pack_{name}"
+            f"qcompiler::{op}: {name} are {types} of shape {list(want)}, not {got.dtype}{list(got.shape)}; "
+            f"lay them out with layouts.pack_{name}"
         )
 
 
@@ -149,6 +152,15 @@ def scale_values(scales: torch.Tensor, form: str) -> torch.Tensor:
     return torch.exp2(scales.float() - 127) if form == "mxfp4" else scales.float()
 
 
+def scale_columns(scales: torch.Tensor, form: str, group: int, rows: Any = slice(None)) -> torch.Tensor:
+    """Scales ``[G', rows]`` of some rows of the weight, a slice or indices, in the order of groups."""
+    if form not in ("mxfp4", "nvfp4"):
+        return scales[:, rows]
+    order = torch.tensor(places(group)).argsort()
+    held = scales.view(torch.uint8).reshape(-1, scales.shape[1], len(order))[:, rows][:, :, order]
+    return held.transpose(1, 2).reshape(scales.shape[0], -1).view(scales.dtype)
+
+
 def _spread(laid: torch.Tensor, group: int, k: int) -> torch.Tensor:
     """Laid-out scales or zeros ``[G', rows]`` as ``[rows, k]``, or ``[rows, 1]`` where one spans K."""
     return laid.T if group == 0 else laid.repeat_interleave(group, 0)[:k].T
@@ -157,7 +169,7 @@ def _spread(laid: torch.Tensor, group: int, k: int) -> torch.Tensor:
 def decoded_rows(
     codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, k: int, group: int, form: str
 ) -> torch.Tensor:
-    """f32 weights ``[rows, k]`` of fragments ``[tiles, rows, words]`` on a CPU, with their columns of scales and zeros."""
+    """f32 weights ``[rows, k]`` of fragments ``[tiles, rows, words]`` on a CPU and their columns of scales and zeros."""
     known = form_called(form)
     stored = unpack_codes(np.ascontiguousarray(codes.numpy()), form, codes.shape[1], k).view(np.uint8)
     if known.kind == "integer":
@@ -221,7 +233,8 @@ def _reference(
     for start in range(0, width, step):
         part = slice(start, min(start + step, width))
         of_part = None if zeros is None else zeros[:, part]
-        sums[:, part] = rows @ decoded_rows(codes[:, part], scales[:, part], of_part, k, group, form).T
+        scale = scale_columns(scales, form, group, part)
+        sums[:, part] = rows @ decoded_rows(codes[:, part], scale, of_part, k, group, form).T
     if global_scale is not None:
         sums *= global_scale.reshape(())
     return finished(sums[:, :n].reshape(*x.shape[:-1], n), bias, act, mul, residual, x.dtype).contiguous()
@@ -294,7 +307,7 @@ def linear_cuda(
     act: str,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Launch the product, in a second kernel the sum of its parts where the tile splits K. Arguments as the operator's."""
+    """Launch the product, and where the tile splits K, the sum of its parts. Arguments as the operator's."""
     from qcompiler.backends.triton.device.epilogue import reduce_kernel
     from qcompiler.backends.triton.device.weight_only import linear_kernel
 
@@ -339,6 +352,7 @@ def linear_cuda(
         LANES=four_columns(sm, tile),
         ONCE=blocks_m == 1,
         BF16=x.dtype != torch.float16,
+        SYNC=not 90 <= sm < 120,
         BM=tile.bm,
         BN=tile.bn,
         SPLIT=split,

@@ -17,7 +17,7 @@ from qcompiler.backends.triton.device.pairs import (
     subtract_pairs,
     twice,
 )
-from qcompiler.backends.triton.device.unpack_float import float_pair, scale_values
+from qcompiler.backends.triton.device.unpack_float import byte_scales, float_pair, has_byte_scales, scale_values
 from qcompiler.backends.triton.forms import FORMS
 
 NO_ZEROS = tl.constexpr(0)
@@ -146,19 +146,30 @@ def _parameters(
     ZEROS: tl.constexpr,
     SCALED: tl.constexpr,
     BF16: tl.constexpr,
+    FEW: tl.constexpr,
 ):
-    """Pairs of scale, zero point and its rest for step ``STEP`` of the words of k-tile ``tile``: ``[BN, words]`` where
-    a tile has several groups, else ``[BN, 1]``."""
+    """Pairs of scale, zero point and its rest for step ``STEP`` of the words of k-tile ``tile``: ``[BN, words]``.
+
+    How much is loaded, of what is the same for several words, decides where Triton changes layouts: after these loads,
+    or, at the price of a trip of all weights through shared memory, after the decoding. Chosen by what was compiled:
+    a value for each word of a lane; for each word where a lane has two; one a row where that is all and ``FEW``.
+    """
+    if SCALED and has_byte_scales(FORM):
+        return byte_scales(scales_ptr, rows, tile, stride, STEP, FORM, BF16), 0, 0
     BITS: tl.constexpr = bits_of(FORM)
-    HELD: tl.constexpr = 1 if GROUP == 0 or GROUP >= 128 else min(BITS, 128 // GROUP)
+    ROW: tl.constexpr = (GROUP == 0 or GROUP >= 128) and FEW
+    HELD: tl.constexpr = 1 if ROW else 4 * BITS if BITS == 2 else BITS
+    chunk = tl.arange(0, HELD) % BITS * (128 // BITS) + 16 * STEP
     if GROUP == 0:
-        at = rows
+        group = chunk * 0
     elif GROUP >= 128:
-        at = (tile // (GROUP // 128)) * stride + rows
+        group = chunk * 0 + tile // (GROUP // 128)
     else:
-        COLUMNS: tl.constexpr = 128 // BITS  # that a word's codes come from
-        group = tl.arange(0, HELD) * max(1, COLUMNS // GROUP) + (16 * STEP % COLUMNS) // GROUP
-        at = (tile * (128 // GROUP) + group)[None, :] * stride + rows[:, None]
+        group = chunk // GROUP + tile * (128 // GROUP)
+    if ROW:
+        at = (0 if GROUP == 0 else tile // (GROUP // 128)) * stride + rows
+    else:
+        at = group[None, :] * stride + rows[:, None]
     scale = twice(scale_values(tl.load(scales_ptr + at), FORM), BF16) if SCALED else 0
     if ZEROS == NO_ZEROS:
         zero, rest = 0, 0
@@ -173,8 +184,11 @@ def _parameters(
 @triton.jit
 def each_word(values, BN: tl.constexpr, HELD: tl.constexpr, BITS: tl.constexpr):
     """Values of groups ``[BN, HELD]`` for the words of all four lanes ``[BN, 4 * BITS]``."""
-    spread = tl.broadcast_to(tl.reshape(values, (BN, 1, HELD, 1)), (BN, 4, HELD, BITS // HELD))
-    return tl.reshape(spread, (BN, 4 * BITS))
+    if HELD == 4 * BITS:
+        return values
+    else:
+        spread = tl.broadcast_to(tl.reshape(values, (BN, 1, HELD, 1)), (BN, 4, HELD, BITS // HELD))
+        return tl.reshape(spread, (BN, 4 * BITS))
 
 
 @triton.jit
@@ -192,15 +206,18 @@ def weight_tile(
     SCALED: tl.constexpr,
     BF16: tl.constexpr,
     LANES: tl.constexpr,
+    FEW: tl.constexpr = True,
 ):
     """Weights ``[BN, 128]`` of k-tile ``tile`` from its int32 ``words [BN, 4 * bits]``.
 
     ``rows [BN]`` are columns of the scales and zeros, whose rows are ``stride`` apart. Zero points (``ZEROS``: none,
     whole, floats) are subtracted; where ``SCALED``, the scale is multiplied in. ``GROUP`` 0: one for all of K. Columns
-    are in natural order, or, with ``LANES``, as :func:`lane_columns` gives them.
+    are in natural order, or, with ``LANES``, as :func:`lane_columns` gives them. ``FEW``: BN is less than the threads.
     """
     BITS: tl.constexpr = bits_of(FORM)
-    scale, zero, rest = _parameters(scales_ptr, zeros_ptr, rows, tile, stride, 0, BN, GROUP, FORM, ZEROS, SCALED, BF16)
+    scale, zero, rest = _parameters(
+        scales_ptr, zeros_ptr, rows, tile, stride, 0, BN, GROUP, FORM, ZEROS, SCALED, BF16, FEW
+    )
     out = step_tile(words, zero, rest, scale, 0, FORM, ZEROS, SCALED, BF16)
     if BITS == 8:
         out = tl.reshape(out, (BN, 4, 8, 2, 2))  # n, c, h, lo, hi
@@ -209,7 +226,7 @@ def weight_tile(
         MIXED: tl.constexpr = GROUP != 0 and GROUP < 16 * (8 // BITS)  # a word has codes of several groups
         if MIXED:
             scale, zero, rest = _parameters(
-                scales_ptr, zeros_ptr, rows, tile, stride, 1, BN, GROUP, FORM, ZEROS, SCALED, BF16
+                scales_ptr, zeros_ptr, rows, tile, stride, 1, BN, GROUP, FORM, ZEROS, SCALED, BF16, FEW
             )
         out = tl.join(out, step_tile(words, zero, rest, scale, 1, FORM, ZEROS, SCALED, BF16))
         if BITS == 4:
@@ -218,12 +235,12 @@ def weight_tile(
         else:
             if MIXED:
                 scale, zero, rest = _parameters(
-                    scales_ptr, zeros_ptr, rows, tile, stride, 2, BN, GROUP, FORM, ZEROS, SCALED, BF16
+                    scales_ptr, zeros_ptr, rows, tile, stride, 2, BN, GROUP, FORM, ZEROS, SCALED, BF16, FEW
                 )
             more = step_tile(words, zero, rest, scale, 2, FORM, ZEROS, SCALED, BF16)
             if MIXED:
                 scale, zero, rest = _parameters(
-                    scales_ptr, zeros_ptr, rows, tile, stride, 3, BN, GROUP, FORM, ZEROS, SCALED, BF16
+                    scales_ptr, zeros_ptr, rows, tile, stride, 3, BN, GROUP, FORM, ZEROS, SCALED, BF16, FEW
                 )
             more = tl.join(more, step_tile(words, zero, rest, scale, 3, FORM, ZEROS, SCALED, BF16))
             out = tl.reshape(tl.join(out, more), (BN, 4, 2, 2, 2, 2, 2))  # n, c, h, lo, hi, s % 2, s // 2

@@ -46,16 +46,21 @@ def accumulate(
     BF16: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    SYNC: tl.constexpr = False,
 ):
     """f32 ``[BN, BM]``: rows ``weight_rows [BN]`` of the weights times rows ``x_rows [BM]`` of x over k-tiles
     ``first .. last``, scaled.
 
     ``x_inside [BM]`` masks rows of x, which lie ``x_stride`` apart; ``stride`` is N', the rows of the layout. ``LATE``:
     scales of groups of 128 and more go on the products. ``WHOLE``: K is a multiple of 128. ``ONCE``: nobody else reads
-    these weights soon. ``x_rows`` and ``weight_rows`` are int64 where that is needed.
+    these weights soon. ``SYNC``: products are ``mma.sync``. ``x_rows`` and ``weight_rows`` are int64 where that is
+    needed.
     """
     WORDS: tl.constexpr = 4 * bits_of(FORM)
     SCALED: tl.constexpr = GROUP != 0 and not LATE
+    FEW: tl.constexpr = BN == 64 or (BM >= 64 and not SYNC)
+    # Sums of a k-tile are added apart wherever ptxas (12.8, 12.9) otherwise waits after each wgmma (C7515).
+    APART: tl.constexpr = BM <= 64 or (BM <= 128 and (WORDS == 32 or (GROUP != 0 and GROUP < 128)))
     word = tl.arange(0, WORDS)
     columns = lane_columns(LANES)
     acc = tl.zeros((BN, BM), tl.float32)
@@ -70,12 +75,12 @@ def accumulate(
         x = tl.load(x_at + tile * 128, mask=inside, other=0.0)
         x = x.to(tl.bfloat16) if BF16 else x.to(tl.float16)
         weights = weight_tile(
-            words, scales_ptr, zeros_ptr, weight_rows, tile, stride, FORM, BN, GROUP, ZEROS, SCALED, BF16, LANES
+            words, scales_ptr, zeros_ptr, weight_rows, tile, stride, FORM, BN, GROUP, ZEROS, SCALED, BF16, LANES, FEW
         )
         if LATE:
             scale = tl.load(scales_ptr + (tile // (GROUP // 128)) * stride + weight_rows)
             acc += tl.dot(weights, x) * scale_values(scale, FORM)[:, None]
-        elif BM <= 64:
+        elif APART:  # not acc + dot, which Triton would make one
             acc = tl.fma(tl.dot(weights, x), 1.0, acc)
         else:
             acc = tl.dot(weights, x, acc)
@@ -110,6 +115,7 @@ def linear_kernel(
     LANES: tl.constexpr,
     ONCE: tl.constexpr,
     BF16: tl.constexpr,
+    SYNC: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -150,6 +156,7 @@ def linear_kernel(
         BF16,
         BM,
         BN,
+        SYNC,
     )
     if global_ptr is not None:
         acc *= tl.load(global_ptr)
