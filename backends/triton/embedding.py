@@ -16,7 +16,7 @@ from qcompiler.backends.triton.launching import launch, sm_of
 from qcompiler.backends.triton.layouts import ROWS, padded
 from qcompiler.backends.triton.registering import register
 from qcompiler.backends.triton.tiles import Tile, tile_for
-from qcompiler.backends.triton.weight_only import check_weight, decoded_rows, raw_scales, zero_kind
+from qcompiler.backends.triton.weight_only import check_weight, decoded_rows, raw_scales, scale_columns, zero_kind
 from qcompiler.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def _reference(
         some = flat[start : start + step]
         rows = torch.nn.functional.pad(some, (0, padded(some.numel(), ROWS) - some.numel()))
         of_rows = None if zeros is None else zeros[:, rows]
-        values = decoded_rows(codes[:, rows], scales[:, rows], of_rows, k, group, form)[: some.numel()]
+        scale = scale_columns(scales, form, group, rows)
+        values = decoded_rows(codes[:, rows], scale, of_rows, k, group, form)[: some.numel()]
         y[start : start + step] = values if global_scale is None else values * global_scale.reshape(())
     return y.reshape(*indices.shape, k)
 

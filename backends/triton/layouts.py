@@ -19,9 +19,10 @@ Integers are stored unsigned, plus their form's shift. Padding holds the shift, 
 points; its scales are 0, and kernels take activations beyond K as 0.
 
 *Scales*: ``[G', N']`` in their own type, G' = ceil(128 ceil(K / 128) / group), or 1 row where a scale spans K.
-*Zeros*: the same shape; whole ones int16, shifted as codes are (a load of 8 bits makes Triton choose another order for
-operands of 16); floats in their own type and not shifted, since a sum would round: ``value = (stored - shift - zero) *
-scale``.
+Scales of one byte, in groups of 16 or 32, keep that shape, but in memory the bytes of a row and k-tile lie together
+(``layouts_float.by_tile``), to be loaded as int32: a load of 8 bits makes Triton choose another order for operands of
+16. *Zeros*: the same shape; whole ones int16, likewise, shifted as codes are; floats in their own type and not shifted,
+since a sum would round: ``value = (stored - shift - zero) * scale``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompiler.backends.triton.forms import Form, form_called
-from qcompiler.backends.triton.layouts_float import arrange, restore
+from qcompiler.backends.triton.layouts_float import arrange, by_group, by_tile, restore
 from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
 
@@ -158,12 +159,13 @@ def pack_scales(scales: Array, n: int, k: int, group: int) -> Array:
         raise InputError(f"scales of codes [{n}, {k}] in groups of {group} are {want}, not {list(scales.shape)}")
     out = np.zeros((scale_rows(k, group), padded(n, ROWS)), scales.dtype)
     out[:count, :n] = np.broadcast_to(scales, (n, count)).T
-    return out
+    return by_tile(out, group)
 
 
 def unpack_scales(laid: Array, n: int, k: int, group: int, *, whole: bool = False) -> Array:
     """Inverse of :func:`pack_scales`; ``whole`` gives the ``[1, 1]`` of a tensor's one scale."""
     count = -(-k // group) if group else 1
+    laid = by_group(laid, group)
     return np.ascontiguousarray(laid[:1, :1] if whole else laid[:count, :n].T)
 
 

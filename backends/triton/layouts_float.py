@@ -183,6 +183,40 @@ def _packed(octet: list[int]) -> int:
 # -- scales ------------------------------------------------------------------------------------------------------
 
 
+def places(group: int) -> tuple[int, ...]:
+    """Groups of a k-tile in the order in which one-byte scales hold them: those of a word's even steps, then its odd
+    ones, since a kernel takes a step's four bytes as one int32."""
+    return (0, 1, 2, 3) if group == 32 else (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def by_tile(laid: Array, group: int) -> Array:
+    """Scales ``[G', N']`` of one byte each in memory as ``[tile, N', group of the tile]``, under the same shape; others
+    are left as they are. Raises InputError for one-byte scales of groups other than 16 and 32."""
+    if laid.dtype.itemsize != 1:
+        return laid
+    _check_group(group)
+    order = places(group)
+    split = laid.reshape(-1, len(order), laid.shape[1])[:, list(order)]
+    return np.ascontiguousarray(split.transpose(0, 2, 1)).reshape(laid.shape)
+
+
+def by_group(held: Array, group: int) -> Array:
+    """Inverse of :func:`by_tile`."""
+    if held.dtype.itemsize != 1:
+        return held
+    _check_group(group)
+    order = places(group)
+    split = np.ascontiguousarray(held).reshape(-1, held.shape[1], len(order)).transpose(0, 2, 1)
+    out = np.empty_like(split)
+    out[:, list(order)] = split
+    return out.reshape(held.shape)
+
+
+def _check_group(group: int) -> None:
+    if group not in (16, 32):
+        raise InputError(f"scales of one byte belong to groups of 16 (e4m3) or 32 (e8m0) weights, not of {group}")
+
+
 def e8m0_bytes(scales: Array) -> NDArray[np.uint8]:
     """Powers of two ``[N, G]`` (any float type, e8m0 included) as bytes ``log2 + 127``.
 

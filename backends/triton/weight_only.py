@@ -169,7 +169,7 @@ def _spread(laid: torch.Tensor, group: int, k: int) -> torch.Tensor:
 def decoded_rows(
     codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, k: int, group: int, form: str
 ) -> torch.Tensor:
-    """f32 weights ``[rows, k]`` of fragments ``[tiles, rows, words]`` on a CPU and their columns of scales and zeros."""
+    """f32 weights ``[rows, k]`` of fragments ``[tiles, rows, words]``, and of their columns of scales and zeros."""
     known = form_called(form)
     stored = unpack_codes(np.ascontiguousarray(codes.numpy()), form, codes.shape[1], k).view(np.uint8)
     if known.kind == "integer":

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.backends.triton.device.unpack import FLOAT_ZEROS, NO_ZEROS, bits_of, scale_values, weight_tile
+from qcompiler.backends.triton.device.unpack_float import byte_scale_at, has_byte_scales
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -41,7 +42,10 @@ def gather_kernel(
     at = row[:, None]
     if GROUP != 0:
         at = (feature // GROUP)[None, :].to(tl.int64) * stride + at
-    scale = scale_values(tl.load(scales_ptr + at), FORM)
+    scale_at = at
+    if has_byte_scales(FORM):
+        scale_at = byte_scale_at(row[:, None], tile, stride, (tl.arange(0, 128) // GROUP)[None, :], FORM)
+    scale = scale_values(tl.load(scales_ptr + scale_at), FORM)
     if global_ptr is not None:
         scale *= tl.load(global_ptr)
     values = codes.to(tl.float32)

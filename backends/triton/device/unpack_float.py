@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.backends.triton import layouts_float
-from qcompiler.backends.triton.device.pairs import ASM, BOTH, multiply_pairs
+from qcompiler.backends.triton.device.pairs import ASM, BOTH, multiply_pairs, twice
 
 _BITS = {bf16: layouts_float.nf4_bits(bf16) for bf16 in (False, True)}
 _TABLES = {bf16: layouts_float.prmt_tables(bits) for bf16, bits in _BITS.items()}
@@ -188,3 +188,40 @@ def scale_values(raw, FORM: tl.constexpr):
         return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
     else:
         return raw.to(tl.float32)
+
+
+@triton.constexpr_function
+def has_byte_scales(form):
+    """Whether scales are bytes, in the order of ``layouts_float.by_tile``."""
+    return form == "mxfp4" or form == "nvfp4"
+
+
+@triton.jit
+def byte_scales(scales_ptr, rows, tile, stride, STEP: tl.constexpr, FORM: tl.constexpr, BF16: tl.constexpr):
+    """Pairs of the scales of mxfp4 and nvfp4 for step ``STEP`` of the words of k-tile ``tile``, ``[BN, 16]``.
+
+    A step's bytes come as one int32 and are not converted: in bf16 an e8m0 byte is the exponent, so that 2^-127 counts
+    as 0; the seven bits of e4m3 are those of a 16-bit float.
+    """
+    words_ptr = scales_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    at = tl.cast(tile, tl.int64) * stride + rows
+    if FORM == "nvfp4":
+        at = at * 2 + STEP
+    held = tl.load(words_ptr + at)[:, None]
+    byte = (held >> ((tl.arange(0, 16) % 4) * 8)[None, :]) & 0xFF
+    if FORM == "nvfp4":
+        return _times(byte * ((BOTH << 4) if BF16 else (BOTH << 7)), 0x7B80 if BF16 else 0x5C00, BF16)
+    elif BF16:
+        return byte * (BOTH << 7)
+    else:
+        return twice(scale_values(byte.to(tl.uint8), FORM), BF16)
+
+
+@triton.jit
+def byte_scale_at(rows, tile, stride, group, FORM: tl.constexpr):
+    """Where the scale of ``group`` of k-tile ``tile`` lies for ``rows``, which broadcast."""
+    at = tl.cast(tile, tl.int64) * stride + rows
+    if FORM == "nvfp4":
+        return at * 8 + group % 2 * 4 + group // 2
+    else:
+        return at * 4 + group

@@ -129,3 +129,28 @@ def test_scales_in_e4m3_and_their_factor_come_back(exponent: int) -> None:
 def test_other_scales_are_no_products_of_e4m3() -> None:
     with pytest.raises(InputError, match="1 of 3 scales"):
         layouts_float.e4m3_scales(np.array([[1.0, 2.0, 1 + 2**-10]], np.float32))
+
+
+@pytest.mark.parametrize(("group", "kind"), [(32, np.uint8), (16, ml_dtypes.float8_e4m3fn)])
+@given(n=st.integers(1, 130), k=st.integers(1, 300))
+def test_scales_of_one_byte_come_back(group: int, kind: type, n: int, k: int) -> None:
+    scales = np.random.default_rng(n).integers(0, 127, (n, -(-k // group)), dtype=np.uint8).view(kind)
+    laid = layouts.pack_scales(scales, n, k, group)
+    assert laid.shape == (layouts.scale_rows(k, group), layouts.padded(n, 64))
+    back = layouts.unpack_scales(laid, n, k, group)
+    assert np.array_equal(back.view(np.uint8), scales.view(np.uint8))
+
+
+def test_the_bytes_of_a_row_and_tile_lie_together() -> None:
+    """Of rows 0 and 1 and 256 columns, by hand: NVFP4 takes even groups of a tile first, MXFP4 all in order."""
+    fours = np.arange(16, dtype=np.uint8).reshape(2, 8)
+    assert layouts.pack_scales(fours, 2, 256, 32).reshape(-1)[:8].tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    eights = np.arange(32, dtype=np.uint8).reshape(2, 16)
+    held = layouts.pack_scales(eights, 2, 256, 16).reshape(2, 64, 8)
+    assert held[0, 1].tolist() == [16, 18, 20, 22, 17, 19, 21, 23]
+    assert held[1, 0].tolist() == [8, 10, 12, 14, 9, 11, 13, 15]
+
+
+def test_scales_of_one_byte_have_small_groups() -> None:
+    with pytest.raises(InputError, match="groups of 16"):
+        layouts.pack_scales(np.zeros((4, 2), np.uint8), 4, 128, 64)
