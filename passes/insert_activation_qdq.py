@@ -10,7 +10,7 @@ import numpy as np
 
 from qcompiler.calibrate.observers import RangeObserver
 from qcompiler.clipping import affine_params
-from qcompiler.dtypes import F32
+from qcompiler.dtypes import F32, F64
 from qcompiler.errors import RecipeError
 from qcompiler.functional import unsteady
 from qcompiler.integer_spec import FUNCTIONS
@@ -333,7 +333,8 @@ def _dynamic_pair(op: Op, value: Value, scheme: Scheme) -> Value:
     """The pair before ``op``, the first reader of ``value``."""
     home = op.graph
     shape = _parameter_shape(value, scheme)
-    results = [(home.fresh(f"{value.name}_scale"), TensorType(value.tensor.dtype or F32, shape))]
+    element = F64 if value.tensor.dtype is F64 else F32  # in which the parameters of narrower floats are computed
+    results = [(home.fresh(f"{value.name}_scale"), TensorType(element, shape))]
     if not scheme.symmetric:
         results.append((home.fresh(f"{value.name}_zero"), TensorType(scheme.dtype, shape)))
     chosen = home.create("q.choose_qparams", [value], {"scheme": scheme}, results, before=op)

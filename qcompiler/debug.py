@@ -10,6 +10,7 @@ from tempfile import gettempdir
 
 from qcompiler.ir import Graph
 from qcompiler.pipeline import Context, Pass
+from qcompiler.scheme import Alternatives
 from qcompiler.text import show, show_attrs
 
 DUMP_VARIABLE = "QCOMPILER_DUMP"
@@ -54,6 +55,7 @@ def hooks_from_environment() -> list[DumpHook]:
 def step_text(item: Pass) -> str:
     """The pass as recipes write it, with every option that has a place in the text."""
     given = {f.name: getattr(item, f.name) for f in fields(item)}  # type: ignore[arg-type]  # every pass is a dataclass
+    given = {name: value.text if isinstance(value, Alternatives) else value for name, value in given.items()}
     return f"{item.name}{show_attrs(given)}" if given else item.name
 
 

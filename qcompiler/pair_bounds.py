@@ -16,7 +16,7 @@ from qcompiler import float_codes
 from qcompiler.agreement import Gap
 from qcompiler.bias_correction import CorrectedBias
 from qcompiler.clipping import FACTORS, SCALE_BITS, Floats, affine_params
-from qcompiler.dtypes import F64, Array, DType, dtype_of
+from qcompiler.dtypes import BF16, F64, Array, DType, dtype_of
 from qcompiler.ir import Op
 from qcompiler.numerics import choose_qparams, dequantize, quantize, spread
 from qcompiler.payload import ComputedPayload, Payload
@@ -143,12 +143,14 @@ def activation_gap(
     target = wide if covered is None else np.clip(wide, *covered)
     steps = np.broadcast_to(np.asarray(step, np.float64), x.shape)
     half = steps / 2 if element.is_integer else steps * float_codes.reach(target / steps, element)
-    return _worst(np.abs(seen.astype(np.float64) - target), half, x)
+    unit = 2.0**-8 if dtype_of(seen.dtype) is BF16 else 0.0
+    return _worst(np.abs(seen.astype(np.float64) - target), half, x, unit)
 
 
-def _worst(error: Floats, half: Floats, x: Array) -> Gap:
-    """In steps: half of one, and the rounding of scales, values and results."""
-    unit = 2.0**-11 if dtype_of(x.dtype).bits == 16 else 2.0**-23
+def _worst(error: Floats, half: Floats, x: Array, unit: float = 0.0) -> Gap:
+    """In steps: half of one, and the rounding of scales, values and results. ``unit``: the least to be allowed for the
+    rounding of results, as a share of the value."""
+    unit = max(unit, 2.0**-11 if dtype_of(x.dtype).bits == 16 else 2.0**-23)
     slack = ROUNDING * half + 2 * unit * np.abs(x.astype(np.float64))
     steps = np.maximum(error - slack, 0.0) / (2 * half)
     at = np.unravel_index(int(np.argmax(steps)), steps.shape)

@@ -125,8 +125,13 @@ def _fed_one(value: Value, array: Array) -> Any:
 
 
 def _tensor(value: Value, array: Array) -> torch.Tensor:
-    """``array`` as a tensor of the type of ``value``; codes of fewer than 8 bits are one a byte."""
+    """``array`` as a tensor of the type of ``value``; codes of fewer than 8 bits are one a byte.
+
+    A dequantized activation comes in the type of its scale, which is f32 where it was chosen for a narrower float.
+    """
     element = value.tensor.dtype
+    if element is not None and element.is_float and element.bits > 8 and array.dtype.kind == "f":
+        array = array.astype(element.storage)
     if element is None or element.storage != array.dtype:
         return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
     return tensor_of(ArrayPayload(array, element))

@@ -100,6 +100,28 @@ def test_on_modules_and_made_up_inputs(name: str, tmp_path: Path) -> None:
     assert "check: made-up inputs; give --calibration DATA to check on your own" in report.notes
 
 
+@pytest.mark.parametrize("element", ["bfloat16", "float16"])
+def test_on_codes_of_narrow_floats(element: str, tmp_path: Path) -> None:
+    """Scales of such activations are f32, what is dequantized is as narrow again."""
+    import torch
+
+    from qcompiler.models import builders
+
+    module, args, shapes = builders.mlp_example()
+    kind = getattr(torch, element)
+    args = tuple(a.to(kind) if a.is_floating_point() else a for a in args)
+    report = api.compile(
+        module.to(kind),
+        args=args,
+        dynamic_shapes=shapes,
+        recipe="w8a8-dynamic",
+        target="torch-cpu",
+        check=True,
+        out=tmp_path / "o.pt2",
+    ).report
+    kept(report)
+
+
 @pytest.mark.slow
 def test_on_a_trained_transformer(tmp_path: Path) -> None:
     require_data("text")

@@ -12,6 +12,7 @@ from qcompiler.agreement import codes_differing
 from qcompiler.calibrate.histogram import Histogram
 from qcompiler.calibrate.ranges import entropy_range, mse_range, squared_error
 from qcompiler.clipping import affine_params
+from qcompiler.debug import step_text
 from qcompiler.dtypes import F32, F64, TABLE, Array, from_bytes, to_bytes
 from qcompiler.errors import RecipeError, StructureError
 from qcompiler.ir import Graph, Op
@@ -244,6 +245,7 @@ def test_alternatives_read_back() -> None:
     assert recipe.parse_toml(made.toml, "x").passes == made.passes
     one = recipe.adjusted(made, {"insert-activation-qdq.activations": "f8e4m3 token sym dynamic"})
     assert one.text == 'insert-activation-qdq{activations = "f8e4m3 token sym dynamic"}'
+    assert recipe.parse_line(step_text(item)).passes == (item,)  # what a repro file says
 
 
 @pytest.mark.parametrize(
