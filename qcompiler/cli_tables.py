@@ -62,18 +62,18 @@ def declined_lines(plan: Plan) -> list[str]:
         for kernel, why in site.declined.items():
             reasons[kernel, "; ".join(why)] += 1
     alien: dict[str, list[str]] = {}
-    for kernel, why in reasons:
-        if found := _OTHER_CODES.match(why):
+    for kernel, text in reasons:
+        if found := _OTHER_CODES.match(text):
             alien.setdefault(found[1], []).append(kernel)
     many = {codes: dict.fromkeys(names) for codes, names in alien.items() if len(set(names)) > MANY}
     lines = []
-    for (kernel, why), count in reasons.items():
-        found = _OTHER_CODES.match(why)
+    for (kernel, text), count in reasons.items():
+        found = _OTHER_CODES.match(text)
         if found is None or found[1] not in many:
-            lines.append(f"  {kernel}: {why} ({plural(count, 'site')})")
-    for codes, names in many.items():
-        short = ", ".join(name.partition("/")[2] for name in names)
-        lines.append(f"  {len(names)} kernels of other codes than {codes}: {short}")
+            lines.append(f"  {kernel}: {text} ({plural(count, 'site')})")
+    for codes, kernels in many.items():
+        short = ", ".join(kernel.partition("/")[2] for kernel in kernels)
+        lines.append(f"  {len(kernels)} kernels of other codes than {codes}: {short}")
     return ["", "kernels that were not chosen:", *lines] if lines else []
 
 

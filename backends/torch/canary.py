@@ -15,7 +15,8 @@ from torch.export import ExportedProgram
 
 from qcompiler.backends.torch import layouts
 from qcompiler.backends.torch.conditions import WIDTH
-from qcompiler.backends.torch.nodes import CANARY, INT4
+from qcompiler.backends.torch.held import INT4
+from qcompiler.backends.torch.nodes import CANARY
 from qcompiler.ir import Graph, Op
 
 LABEL = "qcompiler.int4_canary"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from qcompiler.backends.torch import conditions_triton as triton
-from qcompiler.backends.torch.nodes import INT4, INT8, LowBit, argument
+from qcompiler.backends.torch.held import INT4, INT8, LowBit, argument
 from qcompiler.backends.torch.nodes_triton import SLOTS
 from qcompiler.dtypes import BF16
 from qcompiler.ir import Value

@@ -5,7 +5,7 @@ The kernels trust these: a fragment of another form, or a scale row too few, wou
 
 from __future__ import annotations
 
-from qcompiler.backends.torch.nodes import LowBit, argument
+from qcompiler.backends.torch.held import LowBit, argument
 from qcompiler.backends.torch.nodes_triton import A8_LINEAR, SLOTS, form_at, fragments, number_at, tensor_at
 from qcompiler.backends.triton.forms import FORMS
 from qcompiler.backends.triton.layouts import ROWS, TILE, padded, scale_rows

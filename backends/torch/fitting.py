@@ -7,8 +7,8 @@ from torch.export import ExportedProgram
 
 from qcompiler.backends.torch import canary
 from qcompiler.backends.torch.conditions import WIDTH
+from qcompiler.backends.torch.held import INT4
 from qcompiler.backends.torch.layouts import ROWS, repacked
-from qcompiler.backends.torch.nodes import INT4
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from qcompiler import dtypes
 from qcompiler.backends.torch.conditions import Setting, broken
-from qcompiler.backends.torch.nodes import INT4, INT8, LowBit, low_bit, low_bit_nodes
+from qcompiler.backends.torch.held import INT4, INT8, LowBit
+from qcompiler.backends.torch.nodes import low_bit, low_bit_nodes
 from qcompiler.backends.torch.nodes_triton import request_told, row_keys
 from qcompiler.ir import Graph, Op, Value
 from qcompiler.scheme import Scheme

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qcompiler.backends.torch.nodes import argument
+from qcompiler.backends.torch.held import argument
 from qcompiler.backends.torch.nodes_triton import MUL, SLOTS, number_at
 from qcompiler.backends.torch.weights_triton import activation_of, among, is_ours, weight_of
 from qcompiler.dtypes import UINT8, Array

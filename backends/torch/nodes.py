@@ -9,19 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from qcompiler import dtypes
+from qcompiler.backends.torch.held import INT4, INT8, LowBit, argument, computing, count, value_at
+from qcompiler.backends.torch.nodes_triton import SLOTS, triton_call
 from qcompiler.dtypes import DType
 from qcompiler.errors import RecipeError
-from qcompiler.ir import Graph, Hole, Op, Value
+from qcompiler.ir import Graph, Op, Value
 from qcompiler.payload import ComputedPayload
 from qcompiler.scheme import Scheme
 from qcompiler.verify.flow import is_constant, source_of
 from qcompiler.verify.op_kinds import CASTS, LOOKUPS, MOVES, is_arithmetic, is_dequantize, is_product, is_quantize
 
-INT4 = "aten._weight_int4pack_mm_for_cpu"
-INT8 = "aten._weight_int8pack_mm"
 OURS = "qcompiler."
 CANARY = "qcompiler_int4_canary"
 """The module whose constants are those of :mod:`qcompiler.backends.torch.canary`, whose product is no layer."""
@@ -71,58 +70,6 @@ BOTH_SIDES = frozenset({"aten._int_mm", "aten._scaled_mm", "aten._scaled_mm_v2"}
 """Products of codes, of which neither side need be a weight."""
 
 
-@dataclass(frozen=True)
-class LowBit:
-    """A low-bit call. ``n`` and ``k`` are those of the layer where the graph shows padding cut off, ``rows`` and
-    ``columns`` those of the stored codes; 0 where unknown. ``packed``: codes, scales and zeros in bytes."""
-
-    op: Op
-    kind: str
-    x: Value | None
-    codes: Value | None
-    scales: Value | None
-    zeros: Value | None
-    n: int
-    k: int
-    rows: int
-    columns: int
-    scheme: Scheme | None
-    known: bool = True
-    """Whether :data:`PLACES`, or a lookup of codes, says how it is read."""
-    whole: Value | None = None
-    """One factor for the whole weight, beside the scales."""
-
-    @property
-    def short(self) -> str:
-        """The operator without namespace and overload."""
-        return self.op.name.split(".")[1] if self.op.name.count(".") >= 2 else self.op.name
-
-    @property
-    def call(self) -> str:
-        """The operator without its overload."""
-        return self.op.name.rpartition(".")[0]
-
-    @property
-    def scheme_text(self) -> str:
-        if self.scheme is not None:
-            return str(self.scheme)
-        element = None if self.codes is None else self.codes.tensor.dtype
-        return str(element or "low-bit")
-
-    @property
-    def activation(self) -> DType | None:
-        return None if self.x is None else self.x.tensor.dtype
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of codes, scales and zeros as they are stored."""
-        out = {"codes": _nbytes(self.codes), "scales": 0, "zeros": 0}
-        if self.call == INT4:  # one tensor holds both
-            both = _nbytes(self.scales)
-            return out | {"scales": both // 2, "zeros": both - both // 2}
-        out["scales"] = _nbytes(self.scales) + _nbytes(self.whole) + sum(_nbytes(v) for v in _factors_behind(self))
-        return out | {"zeros": _nbytes(self.zeros)}
-
-
 def low_bit_nodes(graph: Graph) -> Iterator[LowBit]:
     """Every low-bit call of ``graph`` and its regions."""
     for op in graph.walk():
@@ -142,48 +89,20 @@ def low_bit(op: Op) -> LowBit | None:
     if places is not None:
         return _placed(op, call, places)
     if call.startswith(OURS):
-        from qcompiler.backends.torch.nodes_triton import SLOTS, triton_call
-
         return triton_call(op, call) if call in SLOTS else None
     if op.name in LOOKUPS:
         return _table(op)
     return _unknown(op)
 
 
-def argument(op: Op, index: int) -> Any:
-    """Positional argument ``index`` of a call: a value, or what stands there; None where there is none."""
-    args = op.attrs.get("args")
-    if args is None:
-        return op.operand(index)
-    if index >= len(args):
-        return None
-    given = args[index]
-    return op.operands[given.index] if isinstance(given, Hole) else given
-
-
-def _value(op: Op, index: int | None) -> Value | None:
-    found = None if index is None else argument(op, index)
-    return found if isinstance(found, Value) else None
-
-
-def _count(value: Value) -> int:
-    return math.prod(value.tensor.static_shape or (0,))
-
-
-def _nbytes(value: Value | None) -> int:
-    element = None if value is None else value.tensor.dtype
-    shape = None if value is None else value.tensor.static_shape
-    return 0 if element is None or shape is None else element.nbytes(math.prod(shape))
-
-
 # -- calls of PLACES -----------------------------------------------------------------------------------------------
 
 
 def _placed(op: Op, call: str, places: Places) -> LowBit:
-    x, codes = _value(op, places.x), _value(op, places.codes)
+    x, codes = value_at(op, places.x), value_at(op, places.codes)
     rows, columns = _sizes(op, codes, places)
     n, k = _cut(op, rows), _unpadded(x, columns)
-    scales, zeros = _value(op, places.scales), _value(op, places.zeros)
+    scales, zeros = value_at(op, places.scales), value_at(op, places.zeros)
     scheme = _scheme_of(op, call, codes, scales, places)
     plain = codes
     if codes is not None and places.turned:
@@ -240,16 +159,11 @@ def _centred(both: Value | None) -> bool:
 def _cut(op: Op, rows: int) -> int:
     """The columns of the result that are used: all users cut the padding off."""
     ends = set()
-    for user in _computing(op.results[0]):
+    for user in computing(op.results[0]):
         cut = argument(user, 1) in (1, -1) and argument(user, 2) in (0, None)
         ends.add(argument(user, 3) if user.name == "aten.slice.Tensor" and cut else None)
     end = ends.pop() if len(ends) == 1 else None
     return end if isinstance(end, int) and 0 < end < rows else rows
-
-
-def _computing(value: Value) -> list[Op]:
-    """The ops that compute with ``value``; one without results only checks."""
-    return [op for op in value.users if op.results]
 
 
 def _unpadded(x: Value | None, columns: int) -> int:
@@ -264,26 +178,6 @@ def _unpadded(x: Value | None, columns: int) -> int:
             break
         x = op.operand(0)
     return columns
-
-
-def _factors_behind(node: LowBit) -> list[Value]:
-    """Constant scales that the result is multiplied with right behind the kernel."""
-    if node.call != INT8:
-        return []
-    value, out = node.op.results[0], []
-    for _ in range(6):
-        users = _computing(value)
-        if len(users) != 1:
-            break
-        user = users[0]
-        others = [v for v in user.operands if v is not None and v is not value]
-        if user.name == "aten.mul.Tensor" and len(others) == 1 and others[0].is_const:
-            out.append(others[0])
-            break
-        if user.name not in MOVES or not user.results:
-            break
-        value = user.results[0]
-    return out
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -305,7 +199,7 @@ def _table(op: Op) -> LowBit | None:
     rows, columns = shape[0], shape[1] * (2 if halves else 1)
     code = dtypes.INT4 if halves and not (zeros is not None and zeros.tensor.dtype == dtypes.UINT8) else element
     code = dtypes.UINT4 if halves and code == dtypes.UINT8 else code
-    per_row = 1 if scales is None else _count(scales) // rows
+    per_row = 1 if scales is None else count(scales) // rows
     how: int | str = "channel" if per_row == 1 else columns // per_row if per_row else "tensor"
     scheme = _scheme(code, how, zeros is None) if code.is_integer and (code.signed or zeros is not None) else None
     source = source_of(table)[0]

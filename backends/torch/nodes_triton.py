@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from qcompiler import dtypes
-from qcompiler.backends.torch.nodes import LowBit, argument
+from qcompiler.backends.torch.held import LowBit, argument
 from qcompiler.backends.triton.forms import FORMS
 from qcompiler.backends.triton.layouts import TILE
 from qcompiler.backends.triton.scheme_forms import scheme_told

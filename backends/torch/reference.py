@@ -10,7 +10,7 @@ import torch
 
 from qcompiler.backends.torch import layouts
 from qcompiler.backends.torch.conditions import WIDTH
-from qcompiler.backends.torch.nodes import INT4, INT8, LowBit, argument
+from qcompiler.backends.torch.held import INT4, INT8, LowBit, argument
 from qcompiler.backends.torch.nodes_triton import BIAS, MUL, RESIDUAL, SLOTS
 from qcompiler.backends.torch.payload import TorchPayload
 from qcompiler.backends.torch.weights_triton import activation_of, is_ours, weight_of

@@ -13,8 +13,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from qcompiler.backends.torch.capture import load
+from qcompiler.backends.torch.held import LowBit
 from qcompiler.backends.torch.judge import metadata_of
-from qcompiler.backends.torch.nodes import LowBit, low_bit_nodes
+from qcompiler.backends.torch.nodes import low_bit_nodes
 from qcompiler.backends.torch.quiet import quietly
 from qcompiler.backends.torch.reference import Reference
 from qcompiler.backends.torch.running import Interpreter

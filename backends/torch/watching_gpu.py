@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from qcompiler.backends.torch.capture import load
@@ -81,5 +80,5 @@ class OnDevice(Watched):
 def _kernels(found: Any) -> list[str]:
     """Names of the kernels that ran on a GPU; where none did, of the operators on the CPU."""
     events = list(found.profiler.kineto_results.events())
-    names = [e.name() for e in events if e.device_type() == DeviceType.CUDA]
+    names = [e.name() for e in events if str(e.device_type()).endswith("CUDA")]
     return list(dict.fromkeys(names or [e.name() for e in events if "::" in e.name()]))

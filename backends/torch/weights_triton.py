@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompiler import dtypes, float_codes
-from qcompiler.backends.torch.nodes import argument
+from qcompiler.backends.torch.held import argument
 from qcompiler.backends.torch.nodes_triton import A8_LINEAR, BLOCK, SLOTS, form_at, fragments, number_at
 from qcompiler.backends.triton import layouts
 from qcompiler.backends.triton.forms import form_called
@@ -39,9 +39,9 @@ def weight_of(op: Op, arrays: Arrays, rows: int | None = None) -> Floats | None:
     held = decoded(layouts.unpack_codes(np.ascontiguousarray(codes[:, :cut]), form, cut, k), form)
     zeros = _array(op, slots.zeros, arrays)
     if zeros is not None:
-        laid = layouts.unpack_zeros(zeros[:, :cut], cut, k, group, form).astype(np.float64)
+        laid = layouts.unpack_zeros(zeros, zeros.shape[1], k, group, form)[:cut].astype(np.float64)
         held -= _spread(laid, group, k)
-    scale = layouts.unpack_scales(scales[:, :cut], cut, k, group)
+    scale = layouts.unpack_scales(scales, scales.shape[1], k, group)[:cut]
     scale = scale.view(ml_dtypes.float8_e8m0fnu) if form == "mxfp4" else scale
     held *= _spread(np.nan_to_num(scale.astype(np.float64)), group, k)
     whole = _array(op, slots.whole, arrays) if slots.whole >= 0 else None

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from qcompiler.backends.torch.nodes import argument
+from qcompiler.backends.torch.held import argument
 from qcompiler.backends.torch.nodes_triton import A8_LINEAR, MUL, RESIDUAL, SLOTS, WN_LINEAR
 from qcompiler.functional import unsteady
 from qcompiler.ir import Attr, Graph, Hole, Op, Value

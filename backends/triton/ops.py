@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+from qcompiler.backends.triton import embedding, grouped, kv_cache, quantizing, scaled, weight_only
 
-FAMILIES = ("weight_only", "quantizing", "scaled", "embedding", "kv_cache", "grouped")
-
-for _name in FAMILIES:
-    if importlib.util.find_spec(f"qcompiler.backends.triton.{_name}") is not None:
-        importlib.import_module(f"qcompiler.backends.triton.{_name}")
+FAMILIES = (weight_only, quantizing, scaled, embedding, kv_cache, grouped)
+"""The modules whose import registers operators."""

@@ -92,7 +92,7 @@ def _weight_only(form: Form) -> tuple[KernelRow, KernelRow]:
         "needs": AMPERE,
         "epilogues": EPILOGUES,
         "behind": BEHIND,
-        "evidence": proved("test_weight_only.py"),
+        "evidence": proved(f"test_weight_only{'' if form.kind == 'integer' else '_float'}.py"),
     }
     gemv, gemm = (row_name(f"wn.{kind}.{form.name}") for kind in ("gemv", "gemm"))
     return (
@@ -114,7 +114,7 @@ def _gather() -> KernelRow:
         entry=f"{ENTRY}embedding",
         layout=_LAYOUT,
         numerics="(code - zero) * scale of the rows asked for, in f32, rounded once",
-        evidence=proved("test_gather.py"),
+        evidence=proved("test_embedding.py"),
         needs=AMPERE,
         bias=False,
         note="the layout of weight-only products, so a tied layer and its table are one tensor",

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qcompiler.backends.triton.rows import AMPERE, FLOATS, proved, row_name
+from qcompiler.backends.triton.forms import FORMS, Form
+from qcompiler.backends.triton.rows import AMPERE, FLOATS, FUNCTIONS, proved, row_name, takes
 from qcompiler.target import KernelRow
 
 _KV = "qcompiler.backends.triton.kv_cache:"
@@ -43,3 +44,22 @@ CACHE: tuple[KernelRow, ...] = (
         note="called by its operator; one query a sequence, query heads a multiple of the cache's",
     ),
 )
+
+
+def _experts(form: Form) -> KernelRow:
+    return KernelRow(
+        row_name(f"grouped.{form.name}"),
+        "qcompiler::wn_grouped",
+        **takes(form),
+        activations=FLOATS,
+        entry="qcompiler.backends.triton.grouped:grouped_cuda",
+        layout="qcompiler.backends.triton.layouts:pack_codes",
+        numerics="as wn.gemm: codes exact in 16 bits, products summed in f32, rounded once",
+        evidence=proved("test_grouped.py"),
+        needs=AMPERE,
+        epilogues=FUNCTIONS | {"bias"},
+        note="called by its operator; rows sorted by expert, an axis of experts before each tensor of the weight",
+    )
+
+
+EXPERTS: tuple[KernelRow, ...] = tuple(map(_experts, FORMS.values()))

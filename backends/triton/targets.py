@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from qcompiler.backends.triton.rows import ABSENT, LEAST_SM, NAME, TABLES, WEIGHT_ONLY, sm_features
-from qcompiler.backends.triton.rows_cache import CACHE
+from qcompiler.backends.triton.rows_cache import CACHE, EXPERTS
 from qcompiler.backends.triton.rows_codes import EDGES, PRODUCTS
 from qcompiler.target import Target
 
-ROWS = (*WEIGHT_ONLY, *TABLES, *PRODUCTS, *EDGES, *CACHE)
+ROWS = (*WEIGHT_ONLY, *TABLES, *PRODUCTS, *EDGES, *CACHE, *EXPERTS)
 
 
 def cuda_target(arch: str) -> Target:

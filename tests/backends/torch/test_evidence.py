@@ -16,8 +16,8 @@ from torch.export import Dim
 from qcompiler import recipe as recipes
 from qcompiler.backends.torch.capture import load
 from qcompiler.backends.torch.evidence import NOTHING, TorchEvidence, verify_file
+from qcompiler.backends.torch.held import LowBit
 from qcompiler.backends.torch.kernels import target
-from qcompiler.backends.torch.nodes import LowBit
 from qcompiler.backends.torch.reference import WRONG
 from qcompiler.backends.torch.watching import Watched
 from qcompiler.dtypes import BF16

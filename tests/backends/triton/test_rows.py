@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import replace
 
 import pytest
 
 from qcompiler.backends.chips import SM
 from qcompiler.backends.torch.kernels import target
+from qcompiler.backends.triton.families import FAMILIES
 from qcompiler.backends.triton.forms import FORMS
 from qcompiler.backends.triton.rows import DECODE_ROWS, row_name, sm_features
 from qcompiler.backends.triton.scheme_forms import form_of, group_of, scheme_told
@@ -18,6 +20,7 @@ from qcompiler.errors import InputError
 from qcompiler.passes.choose_layout import entry_point
 from qcompiler.scheme import parse_scheme
 from qcompiler.target import DECODE, PHASES, PREFILL, Choice, Phase, Request
+from tests.support import ROOT
 
 HOPPER = target("torch-cuda:sm_90")
 
@@ -190,6 +193,21 @@ def test_every_row_can_be_followed() -> None:
                 m_min=DECODE_ROWS + 1,
                 rank=1,
             )
+
+
+def test_what_kernels_claim_belongs_to_rows() -> None:
+    names = {row.name for row in HOPPER.rows}
+    for family in FAMILIES:
+        claims = importlib.import_module(f"qcompiler.backends.triton.{family}").claims(90)
+        found = {claim.row for claim in claims}
+        assert found
+        assert found <= names
+
+
+def test_the_tests_that_rows_name_are_there() -> None:
+    named = {found[0] for row in HOPPER.rows if (found := re.search(r"tests/\S+\.py", row.evidence))}
+    assert named
+    assert all((ROOT / name).is_file() for name in named)
 
 
 def test_the_table_is_printed() -> None:
