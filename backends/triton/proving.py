@@ -27,7 +27,7 @@ from qcompiler.backends.triton.architectures import Architecture, architecture
 from qcompiler.backends.triton.claims import Claim, fake_mode
 from qcompiler.backends.triton.disassembly import SERIALIZED, Disassembly, assembler_log, disassemble
 from qcompiler.backends.triton.launching import Launch, Recorder, recording
-from qcompiler.backends.triton.tracing import Load, Store, argument_names, read_loads, read_stores
+from qcompiler.backends.triton.tracing import Load, Store, argument_names, pointer_name, read_loads, read_stores
 from qcompiler.errors import Error, InputError
 
 
@@ -123,7 +123,8 @@ class _Watch(TorchDispatchMode):
 
     def launched(self, kernel: Any, args: tuple[Any, ...], wide: frozenset[str]) -> None:
         """Remember the memory of arguments that are loaded wide."""
-        for name, value in zip(kernel.arg_names, args, strict=False):
+        for name, given in zip(map(pointer_name, kernel.arg_names), args, strict=False):
+            value = getattr(given, "base", given)  # of a tensor descriptor
             if name in wide and isinstance(value, torch.Tensor):
                 self.wide[_storage(value)] = name
 

@@ -190,7 +190,12 @@ class _Reader:
 def argument_names(ttir: str) -> list[str]:
     """Of the kernel, in order, without those that are constants of the compilation."""
     header = _HEADER.search(ttir)
-    return re.findall(r"%([\w.$]+):", header[1]) if header is not None else []
+    return [pointer_name(n) for n in re.findall(r"%([\w.$]+):", header[1])] if header is not None else []
+
+
+def pointer_name(name: str) -> str:
+    """Claims call an argument ``codes_ptr``, also where a kernel takes its tensor descriptor, ``codes_tiles``."""
+    return re.sub(r"_tiles$", "_ptr", name)
 
 
 def read_stores(ttir: str) -> tuple[tuple[Store, ...], tuple[str, ...]]:
@@ -223,7 +228,7 @@ _POINTER_USE = re.compile(rf"ptr(?: addrspace\(1\))?(?: \w+| \w+\([^)]*\))*? ({_
 _ASSEMBLY = re.compile(r'asm (?:sideeffect )?"((?:[^"\\]|\\.)*)"')
 _LD = re.compile(r"(?<![a-zA-Z])ld(?:\.\w+)*\.global[\w.:]*?(?:\.v(\d+))?\.[a-z](\d+)\b")
 _CP = re.compile(r"(?<![a-zA-Z])cp\.async\.c[ag]\.shared\.global[^\[]*\[[^\]]*\],\s*\[[^\]]*\],\s*(0x[0-9a-fA-F]+|\d+)")
-_TMA = re.compile(r"(?<![a-zA-Z])cp\.async\.bulk\.tensor[\w.]*\.shared::cluster\.global")
+_TMA = re.compile(r"(?<![a-zA-Z])cp\.async\.bulk\.tensor[\w.:]*\.global\b")
 _NATIVE = re.compile(
     r"\bload (?:volatile |atomic )?(?:<(\d+) x )?(i|half|bfloat|float|double|ptr)(\d*)>?, ptr addrspace\(1\)"
 )
