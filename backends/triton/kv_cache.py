@@ -130,6 +130,11 @@ def write_cuda(
     )
 
 
+def _tile(form: str, group: int, padded: int, sm: int) -> Tile:
+    """The tile for ``group`` query heads a head of the cache, of ``padded`` features."""
+    return tile_for(f"kv.attention.{form}", sm, max(16, min(_power(group), _ROWS)), padded, 1)
+
+
 def _parts(programs: int, tokens: int, block: int, processors: int) -> int:
     """Parts of the tokens for programs of their own: about a wave of blocks, and at least two steps each."""
     return max(1, min(_WAVES * processors // max(programs, 1), tokens // (2 * block)))
@@ -170,8 +175,7 @@ def attention_cuda(
     columns = _power(width)
     padded = 2 * columns if form == "int4" else columns
     if tile is None:
-        rows = max(16, min(_power(group), _ROWS))
-        tile = tile_for(f"kv.attention.{form}", sm_of(q.device), rows, padded, 1)
+        tile = _tile(form, group, padded, sm_of(q.device))
         tiles = -(-group // tile.bm)
         tile = replace(tile, split=_parts(batch * heads * tiles, tokens, tile.bn, processors_of(q.device)))
     split = tile.split
@@ -195,6 +199,7 @@ def attention_cuda(
         partial,
         stats,
         tokens,
+        split,
         heads,
         group,
         float(scale),
@@ -210,7 +215,7 @@ def attention_cuda(
         K_TOKEN=keys.stride(2),
         V_TOKEN=values.stride(2),
         UNIT=unit,
-        SPLIT=split,
+        WHOLE=split == 1,
         ROWS=tile.bm,
         BLOCK=tile.bn,
         NATIVE=sm_of(q.device) >= 89,
@@ -225,10 +230,10 @@ def attention_cuda(
             partial,
             stats,
             y,
+            split,
             D=head_dim,
             WIDTH=padded,
-            SPLIT=split,
-            PARTS=_power(split),
+            PADDED=_power(split),
             CHUNK=_COMBINED,
             num_warps=4,
             num_stages=2,
@@ -368,7 +373,9 @@ def claims(sm: int) -> Iterator[Claim]:
 
         case = f"{form} D={head_dim} H={heads}/{kv_heads} T={tokens} {element}".replace("torch.", "")
         outputs = frozenset({"y_ptr", "partial_ptr", "stats_ptr"})
-        yield Claim("torch-cuda/kv.attention", case, attend, "f16", outputs, frozenset({"k_ptr", "v_ptr"}))
+        taken = 2 * head_dim * _tile(form, heads // kv_heads, _power(head_dim), sm).bn  # keys and values
+        wide = frozenset({"k_ptr", "v_ptr"})
+        yield Claim("torch-cuda/kv.attention", case, attend, "f16", outputs, wide, loop_weights=taken)
     for form, head_dim, count, element in _WRITTEN:
 
         def write(

@@ -137,7 +137,7 @@ def widened(codes, FORM: tl.constexpr, NATIVE: tl.constexpr, MOVABLE: tl.constex
         return signed_bytes(codes, MOVABLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "parts"])
 def attend_kernel(
     q_ptr,
     k_ptr,
@@ -151,6 +151,7 @@ def attend_kernel(
     partial_ptr,
     stats_ptr,
     tokens,  # T of the cache
+    parts,
     heads,  # of the cache
     group,  # query heads a head of the cache serves
     scale,
@@ -176,7 +177,7 @@ def attend_kernel(
     K_TOKEN: tl.constexpr,  # strides of a token, in bytes
     V_TOKEN: tl.constexpr,
     UNIT: tl.constexpr,
-    SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr,  # there is one part
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -212,7 +213,7 @@ def attend_kernel(
     factor = largest * LOG2E  # scores are kept relative to it
 
     length = tl.minimum(tl.load(length_ptr + batch), tokens).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, BLOCK), SPLIT) * BLOCK
+    share = tl.cdiv(tl.cdiv(length, BLOCK), parts) * BLOCK
     first = part * share
     last = tl.minimum(first + share, length)
     k_base = k_ptr + (batch * k_batch + head.to(tl.int64) * k_head) * UNIT
@@ -271,45 +272,45 @@ def attend_kernel(
         acc = tl.reshape(tl.join(acc, acc_odd), (ROWS, WIDTH))
     d = tl.arange(0, WIDTH)
     out = (batch * heads + head) * group + row
-    if SPLIT == 1:
+    if WHOLE:
         y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         mask = (row < group)[:, None] & (d < D)[None, :]
         tl.store(y_ptr + out[:, None] * D + d[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
     else:
-        at = out * SPLIT + part
+        at = out * parts + part
         mask = (row < group)[:, None] & (d < WIDTH)[None, :]
         tl.store(partial_ptr + at[:, None] * WIDTH + d[None, :], acc, mask=mask)
         tl.store(stats_ptr + at * 2, top * factor, mask=row < group)
         tl.store(stats_ptr + at * 2 + 1, total, mask=row < group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def combine_kernel(
     partial_ptr,
     stats_ptr,
     y_ptr,
+    parts,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PARTS: tl.constexpr,  # SPLIT, rounded up to a multiple of CHUNK and a power of two
+    PADDED: tl.constexpr,  # the power of two that is not below parts
     CHUNK: tl.constexpr,
 ):
     """Parts of one query head, weighted by their share of the softmax's sum; zeros where there was no token."""
     row = tl.program_id(0).to(tl.int64)
-    every = tl.arange(0, PARTS)
-    tops = tl.load(stats_ptr + (row * SPLIT + every) * 2, mask=every < SPLIT, other=float("-inf"))
+    every = tl.arange(0, PADDED)
+    tops = tl.load(stats_ptr + (row * parts + every) * 2, mask=every < parts, other=float("-inf"))
     highest = tl.maximum(tl.max(tops, 0), -3.0e38)  # finite where there was no token at all
     d = tl.arange(0, WIDTH)
     y = tl.zeros((WIDTH,), tl.float32)
     whole = 0.0
-    for start in range(0, SPLIT, CHUNK):
+    for start in range(0, parts, CHUNK):
         part = start + tl.arange(0, CHUNK)
-        at = row * SPLIT + part
-        top = tl.load(stats_ptr + at * 2, mask=part < SPLIT, other=float("-inf"))
-        total = tl.load(stats_ptr + at * 2 + 1, mask=part < SPLIT, other=0.0)
+        at = row * parts + part
+        top = tl.load(stats_ptr + at * 2, mask=part < parts, other=float("-inf"))
+        total = tl.load(stats_ptr + at * 2 + 1, mask=part < parts, other=0.0)
         weight = tl.exp2(top - highest)
         whole += tl.sum(weight * total, 0)
-        parts = tl.load(partial_ptr + at[:, None] * WIDTH + d[None, :], mask=(part < SPLIT)[:, None], other=0.0)
-        y += tl.sum(parts * weight[:, None], 0)
+        sums = tl.load(partial_ptr + at[:, None] * WIDTH + d[None, :], mask=(part < parts)[:, None], other=0.0)
+        y += tl.sum(sums * weight[:, None], 0)
     y = y / tl.where(whole == 0.0, 1.0, whole)
     tl.store(y_ptr + row * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
