@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qcompiler.backends.triton.claims import Claim, fake
 from qcompiler.backends.triton.launching import launch
@@ -124,3 +125,20 @@ def test_alignment_is_that_of_the_tensor(offset: int, holds: bool) -> None:
     (proof,) = prove([Claim("test/loads", "", call, None, wide=frozenset({"x_ptr"}))], 80)
     assert proof.holds is holds, proof.faults
     assert proof.kernels[0].narrowest == (16 if holds else 2)
+
+
+@triton.jit
+def tiles_kernel(x_tiles, y_ptr, n, B: tl.constexpr):
+    """A tile that the tensor memory accelerator loads."""
+    at = tl.arange(0, 16)[:, None] * B + tl.arange(0, B)[None, :]
+    tl.store(y_ptr + at, x_tiles.load([0, 0]))
+
+
+def test_tiles_are_wide_loads_of_their_pointer() -> None:
+    def call() -> None:
+        tiles = TensorDescriptor.from_tensor(fake((N, 64), torch.float16), [16, 64])
+        launch(tiles_kernel, (1,), tiles, fake((N, 64), torch.float16), N, B=64, num_warps=4)
+
+    (proof,) = prove([Claim("test/tiles", "", call, None, wide=frozenset({"x_ptr"}))], 90)
+    assert proof.holds, proof.faults
+    assert proof.kernels[0].narrowest > 16
