@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qcompiler.backends.triton.claims import Claim
     from qcompiler.backends.triton.proving import Proof
 
-FAMILIES = ("weight_only", "weight_only_float", "quantizing", "scaled", "embedding", "kv_cache", "grouped")
+FAMILIES = ("weight_only_integer", "weight_only_float", "quantizing", "scaled", "embedding", "kv_cache", "grouped")
 """Modules of this folder; each has ``claims(sm)``."""
 
 

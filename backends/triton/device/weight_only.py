@@ -60,7 +60,7 @@ def accumulate(
     SCALED: tl.constexpr = GROUP != 0 and not LATE
     FEW: tl.constexpr = BN == 64 or (BM >= 64 and not SYNC)
     # Sums of a k-tile are added apart wherever ptxas (12.8, 12.9) otherwise waits after each wgmma (C7515).
-    APART: tl.constexpr = BM <= 64 or (BM <= 128 and (WORDS == 32 or (GROUP != 0 and GROUP < 128)))
+    APART: tl.constexpr = not SYNC and (BM <= 64 or (BM <= 128 and (WORDS == 32 or (GROUP != 0 and GROUP < 128))))
     word = tl.arange(0, WORDS)
     columns = lane_columns(LANES)
     acc = tl.zeros((BN, BM), tl.float32)
