@@ -179,4 +179,5 @@ def claims(sm: int) -> Iterator[Claim]:
             return embedding_cuda(fake((count,), torch.int64), codes, scales, zeros, whole, k, group, form, out)
 
         case = f"{form} g{group} {count} rows of {n}x{k} to {out}".replace("torch.", "")
-        yield Claim("torch-cuda/gather", case, run, None, wide=frozenset({"codes_ptr"}))
+        wide = frozenset({"codes_ptr"} if count > 1 else ())  # 128 columns of one row are 2 to 4 bytes a thread
+        yield Claim("torch-cuda/gather", case, run, None, wide=wide)
