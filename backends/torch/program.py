@@ -23,6 +23,7 @@ from qcompiler.backends.torch.export import export_program
 from qcompiler.backends.torch.fitting import fit_to_chip, refuse_other_width
 from qcompiler.backends.torch.given import Given, model_given
 from qcompiler.backends.torch.inputs import InputCheck
+from qcompiler.backends.torch.nodes_triton import SLOTS
 from qcompiler.backends.torch.notes import FILE, Notes
 from qcompiler.backends.torch.package import StandIns, save
 from qcompiler.backends.torch.quiet import one_sentence, quietly
@@ -130,6 +131,7 @@ def write(graph: Graph, path: Path, options: Mapping[str, Any], progress: Progre
     """
     _refuse_foreign(graph)
     if options.get("aot"):
+        _refuse_gpu(graph)
         aot.require_compiler()
     stand_ins = StandIns()
     program = reexported(graph, stand_ins)
@@ -153,6 +155,16 @@ def reexported(graph: Graph, stand_ins: StandIns | None = None) -> ExportedProgr
     module = to_graph_module(graph, check_inputs=False, tensors=tensors)
     canary.plant(module, graph, CUSTOM)
     return export_program(module, example.args, example.dynamic_shapes, example.kwargs)
+
+
+def _refuse_gpu(graph: Graph) -> None:
+    """InputError for AOTInductor's code of a program for GPUs: here it would hold references that run on CPUs."""
+    for op in graph.walk():
+        if op.name.rpartition(".")[0] in SLOTS:
+            raise InputError(
+                f"emit.aot=true compiles for this CPU, and '{op.label}' calls {op.name}, whose kernels are for GPUs; "
+                "leave it out, and use torch.compile where the GPU is"
+            )
 
 
 def _refuse_foreign(graph: Graph) -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from qcompiler import dtypes
+from qcompiler.backends.base import Silent
+from qcompiler.backends.torch.backend import TorchBackend
 from qcompiler.backends.torch.evidence import verify_file
 from qcompiler.backends.torch.judge import examine
 from qcompiler.backends.torch.kernel_error import error_of
@@ -23,6 +25,7 @@ from qcompiler.backends.torch.reference import Reference
 from qcompiler.backends.torch.stored import check_stored
 from qcompiler.backends.torch.weights_triton import weight_of
 from qcompiler.dtypes import Array
+from qcompiler.errors import InputError
 from qcompiler.ir import Graph, Op, TensorType, Value
 from qcompiler.payload import constant
 from tests.backends.onnx.proof import table
@@ -203,6 +206,11 @@ def test_a_file_whose_group_was_changed_is_rejected(tmp_path: Path) -> None:
     with_args(op, group=32)
     with pytest.raises(Exception, match="scales"):
         written(graph, tmp_path / "net.pt2")
+
+
+def test_code_for_a_cpu_is_not_made_of_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'emb' calls .*, whose kernels are for GPUs"):
+        TorchBackend().emit(lowered("w4a16", SPEC), tmp_path / "net.pt2", {"aot": True}, Silent())
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
