@@ -26,9 +26,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompiler.dtypes import Array, dtype
+from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
-from qcompiler.float_codes import NF4, split_scales
+from qcompiler.float_codes import NF4
 
 Words = NDArray[np.uint32]
 
@@ -215,34 +215,3 @@ def by_group(held: Array, group: int) -> Array:
 def _check_group(group: int) -> None:
     if group not in (16, 32):
         raise InputError(f"scales of one byte belong to groups of 16 (e4m3) or 32 (e8m0) weights, not of {group}")
-
-
-def e8m0_bytes(scales: Array) -> NDArray[np.uint8]:
-    """Powers of two ``[N, G]`` (any float type, e8m0 included) as bytes ``log2 + 127``.
-
-    Raises InputError where one is no power of two from 2^-127 to 2^127.
-    """
-    codes, _ = split_scales(scales, dtype("f8e8m0"))
-    return codes.view(np.uint8)
-
-
-def e8m0_scales(held: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Inverse of :func:`e8m0_bytes`, as float32. Raises InputError for 255, which is NaN."""
-    if held.size and int(held.max()) == 255:
-        raise InputError(f"{int((held == 255).sum())} of {held.size} scales are the e8m0 code 255, which is no number")
-    return np.ldexp(np.float32(1), held.astype(np.int32) - 127)
-
-
-def e4m3_scales(scales: Array) -> tuple[Array, NDArray[np.float32]]:
-    """Scales ``[N, G]`` as float8_e4m3fn and the power of two ``[1]`` that multiplies them all.
-
-    Raises InputError where they are no such products.
-    """
-    codes, factor = split_scales(scales, dtype("f8e4m3"))
-    return codes, np.array([factor], np.float32)
-
-
-def joined_scales(codes: Array, factor: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Inverse of :func:`e4m3_scales`, as float32; exact, since the factor is a power of two."""
-    out: NDArray[np.float32] = codes.astype(np.float32) * factor
-    return out

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from qcompiler.backends.triton import layouts, layouts_float
-from qcompiler.dtypes import Array, dtype
+from qcompiler.dtypes import Array
 from qcompiler.errors import InputError
-from qcompiler.float_codes import NF4, typed_scales
+from qcompiler.float_codes import NF4
 
 STORAGE = {
     "f4e2m1": ml_dtypes.float4_e2m1fn,
@@ -99,36 +99,6 @@ def test_two_lookups_of_eight_make_one_of_sixteen(bf16: bool) -> None:
                 octet = table >> (8 * (name & 7)) & 0xFF
                 found ^= octet if name < 8 else 0xFF * (octet >> 7)
             assert found == bits[nibble] >> (8 * byte) & 0xFF
-
-
-def test_powers_of_two_are_bytes() -> None:
-    scales = np.ldexp(np.float32(1), np.arange(-127, 128)).reshape(5, 51)
-    held = layouts_float.e8m0_bytes(scales)
-    assert held.reshape(-1).tolist() == list(range(255))
-    back = layouts_float.e8m0_scales(held)
-    assert back.dtype == np.float32
-    assert np.array_equal(back, scales)
-    with pytest.raises(InputError, match=r"scales, 0\.75 among them"):
-        layouts_float.e8m0_bytes(np.array([[1.0, 0.75]], np.float32))
-    with pytest.raises(InputError, match="1 of 2 scales are the e8m0 code 255"):
-        layouts_float.e8m0_scales(np.array([255, 0], np.uint8))
-
-
-@pytest.mark.parametrize("exponent", [-100, -9, 0, 30])
-def test_scales_in_e4m3_and_their_factor_come_back(exponent: int) -> None:
-    absmax = np.abs(np.random.default_rng(2).standard_normal((7, 9))) * 2.0**exponent
-    scales = typed_scales(absmax, dtype("f4e2m1"), dtype("f8e4m3")).astype(np.float32)
-    codes, factor = layouts_float.e4m3_scales(scales)
-    assert codes.dtype == ml_dtypes.float8_e4m3fn
-    assert factor.shape == (1,)
-    assert factor.dtype == np.float32
-    assert np.frexp(factor[0])[0] == 0.5
-    assert np.array_equal(layouts_float.joined_scales(codes, factor), scales)
-
-
-def test_other_scales_are_no_products_of_e4m3() -> None:
-    with pytest.raises(InputError, match="1 of 3 scales"):
-        layouts_float.e4m3_scales(np.array([[1.0, 2.0, 1 + 2**-10]], np.float32))
 
 
 @pytest.mark.parametrize(("group", "kind"), [(32, np.uint8), (16, ml_dtypes.float8_e4m3fn)])

@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from qcompiler import numerics
-from qcompiler.backends.triton import layouts, layouts_float
+from qcompiler.backends.triton import layouts
 from qcompiler.backends.triton.forms import FORMS
 from qcompiler.backends.triton.scheme_forms import scheme_told
-from qcompiler.dtypes import F64, Array
+from qcompiler.dtypes import F64, TABLE, Array
+from qcompiler.float_codes import split_scales
 from qcompiler.scheme import ZeroKind
 
 Wide = NDArray[np.float64]
@@ -72,13 +73,13 @@ def draw(
     factor = None
     if form == "mxfp4":
         scales = np.exp2(rng.integers(-8, -3, (n, count)).astype(np.float32))
-        laid = layouts.pack_scales(layouts_float.e8m0_bytes(scales), n, k, group)
+        laid = layouts.pack_scales(split_scales(scales, TABLE["f8e8m0"])[0].view(np.uint8), n, k, group)
     elif form == "nvfp4":
         picked = rng.integers(1, 0x7F, (n, count), dtype=np.uint8)
         picked.flat[0] = 0x7E  # 448, which fixes the factor
         scales = picked.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.float32(2**-10)
-        held, factor = layouts_float.e4m3_scales(scales)
-        laid = layouts.pack_scales(held, n, k, group)
+        held, whole = split_scales(scales, TABLE["f8e4m3"])
+        laid, factor = layouts.pack_scales(held, n, k, group), np.array([whole], np.float32)
     else:
         laid = layouts.pack_scales(scales, n, k, group)
     zeros = _zeros(form, zero, rng, (n, count), scale)
