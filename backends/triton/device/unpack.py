@@ -48,13 +48,13 @@ def offset_of(bits, bf16):
 
 @triton.constexpr_function
 def constant_pair(value, bf16):
-    """A whole number of at most 8 bits, as a pair, as a signed int32."""
-    sign, size = (0x8000 if value < 0 else 0), abs(value)
-    exponent = size.bit_length() - 1
-    fields = ((exponent + 127) << 7 | (size << 7 >> exponent & 0x7F)) if bf16 else None
-    if not bf16:
-        fields = (exponent + 15) << 10 | (size << 10 >> exponent & 0x3FF)
-    both = (sign | fields) * 0x10001 if size else 0
+    """A whole number that 16 bits hold exactly, as a pair, as a signed int32."""
+    if value == 0:
+        return 0
+    exponent = abs(value).bit_length() - 1
+    mantissa, bias = (7, 127) if bf16 else (10, 15)
+    fraction = (abs(value) << mantissa >> exponent) - (1 << mantissa)
+    both = ((value < 0) << 15 | (exponent + bias) << mantissa | fraction) * 0x10001
     return both - (1 << 32) if both >> 31 else both
 
 
