@@ -1,7 +1,7 @@
 """Entry points: products of codes of activations as ``qcompiler::a8_linear``, behind what quantizes the activation.
 
-An activation that several layers read is quantized once. Factors that multiply it right before (those that SmoothQuant
-could not fold, the weight of a norm) are computed by the quantizer where nothing else reads the product.
+An activation that several layers read is quantized once. What comes right before, an RMS norm and factors that multiply
+(those that SmoothQuant could not fold), is computed by the quantizer where nothing else reads its result.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from qcompiler.backends.torch.payload import TO_TORCH
 from qcompiler.backends.triton import ops as _registered  # noqa: F401  (the calls name its operators)
 from qcompiler.backends.triton.forms import form_called
 from qcompiler.backends.triton.lower import Weight
+from qcompiler.backends.triton.norms import rms_norm_behind
 from qcompiler.dtypes import F32, Array
 from qcompiler.ir import Op, TensorType, Value
 from qcompiler.scheme import Scheme
@@ -55,11 +56,13 @@ def quantized_rows(b: Builder, x: Value, scheme: Scheme, block: int) -> tuple[Va
 
     def make() -> list[Value]:
         plain, factors = factored(x, b.op)
+        norm = rms_norm_behind(plain) if only_quantized(plain, b.op, x.owner if factors is not None else None) else None
         last = None if not shape else shape[-1]
         wide = -(-last // block) if block and isinstance(last, int) else 1
         scales = TensorType(F32, None if shape is None else (*shape[:-1], wide))
         out: Any = TO_TORCH[element]
-        arguments = (plain, factors, None, 0.0, out, block)
+        before = (plain, factors, None, 0.0) if norm is None else (norm.x, factors, norm.weight, norm.eps)
+        arguments = (*before, out, block)
         return list(b.call(QUANTIZE, *arguments, type=[TensorType(element, shape), scales], suffix="quantize"))
 
     codes, scales = b.shared(x, ("rows", element.name, block), make)
@@ -69,9 +72,12 @@ def quantized_rows(b: Builder, x: Value, scheme: Scheme, block: int) -> tuple[Va
 def factored(x: Value, reader: Op) -> tuple[Value, Value | None]:
     """What ``x`` is a multiple of, and the constant row of factors, where only quantizers like ``reader`` read it."""
     maker = x.owner
-    if maker is None or maker.name != "aten.mul.Tensor" or x.is_output:
-        return x, None
-    if any(u.name not in (reader.name, QUANTIZE) or u.operand(0) is not x for u in x.users):
+    if (
+        maker is None
+        or maker.name != "aten.mul.Tensor"
+        or not only_quantized(x, reader)
+        or rms_norm_behind(x) is not None
+    ):
         return x, None
     for inner, row in ((maker.operand(0), maker.operand(1)), (maker.operand(1), maker.operand(0))):
         if inner is None or row is None or not row.is_const or row.tensor.rank != 1:
@@ -81,6 +87,13 @@ def factored(x: Value, reader: Op) -> tuple[Value, Value | None]:
         if fits and inner.tensor.dtype == row.tensor.dtype == kind:
             return inner, row
     return x, None
+
+
+def only_quantized(x: Value, reader: Op, multiplied: Op | None = None) -> bool:
+    """Nothing reads ``x`` but ops like ``reader``, quantizers, and the product with factors that they take in."""
+    if x.is_output:
+        return False
+    return all(u is multiplied or (u.name in (reader.name, QUANTIZE) and u.operand(0) is x) for u in x.users)
 
 
 def _product(b: Builder, x: Value, x_scale: Value, first: int, block: int) -> Value:

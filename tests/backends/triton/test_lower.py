@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from qcompiler import dtypes
 from qcompiler.backends.triton import layouts
 from qcompiler.backends.triton.lower import exactly
 from qcompiler.dtypes import BF16, F16, F32, DType
 from qcompiler.errors import InputError
 from qcompiler.ir import Graph, Op
+from qcompiler.passes.dce import Dce
 from qcompiler.payload import ComputedPayload
+from qcompiler.pipeline import Context
 from qcompiler.reader import parse
 from qcompiler.spec import check
 from qcompiler.text import show
@@ -97,6 +100,61 @@ def test_a_product_that_others_read_is_not_computed_by_the_quantizer() -> None:
     graph = proof.lower(parse(CODES.replace("return %q", "return %m, %q")), HOPPER)
     (quantize,) = ops(graph, "quantize_rows")
     assert [v.name for v in quantize.operands if v is not None] == ["m"]
+
+
+NORMED = """
+graph @main dialect=aten {{
+  input %x : {t}[b, 24]
+  const %weight : {t}[24] = rand:1
+  const %w : int8[8, 24] = rand:2
+  const %ws : f32[8, 1] = dense(0.5, 0.25, 1.0, 0.5, 0.125, 2.0, 1.0, 1.0)
+{norm}
+  %y : {t}[b, 8] = q.linear_dyn(%n, %w, %ws) {{scheme = <int8 channel sym axis=1>, x_scheme = <int8 token sym dynamic>, site = "y"}} loc("y")
+  return %y
+}}
+"""  # noqa: E501  # an op is one line
+PARTS = """
+  %p : f32[b, 24] = aten.pow.Tensor_Scalar(%x) {args = [$0, 2]}
+  %m : f32[b, 1] = aten.mean.dim(%p) {args = [$0, [-1], true]}
+  %e : f32[b, 1] = aten.add.Tensor(%m) {args = [$0, 1e-05]}
+  %r : f32[b, 1] = aten.rsqrt.default(%e) {args = [$0]}
+  %z : f32[b, 24] = aten.mul.Tensor(%x, %r) {args = [$0, $1]}
+  %n : f32[b, 24] = aten.mul.Tensor(%weight, %z) {args = [$0, $1]}
+"""
+WHOLE = "  %n : bf16[b, 24] = aten.rms_norm.default(%x, %weight) {args = [$0, [24], $1, 1e-05]}"
+
+
+@pytest.mark.parametrize(("norm", "element"), [(PARTS, "f32"), (WHOLE, "bf16")])
+def test_a_norm_is_computed_by_the_quantizer_behind_it(norm: str, element: str) -> None:
+    text = NORMED.format(t=element, norm=norm)
+    graph = proof.lower(parse(text), HOPPER)
+    Dce().run(graph, Context())
+    quantize, product = graph
+    assert [v.name for v in quantize.operands if v is not None] == ["x", "weight"]
+    assert (quantize.attrs["args"][1], quantize.attrs["args"][3], product.label) == (None, 1e-05, "y")
+    apart = proof.lower(parse(text.replace("return %y", "return %y, %n")), HOPPER)
+    assert next(op for op in apart if "quantize_rows" in op.name).operand(0) is apart.local("n")
+    x = np.random.default_rng(0).standard_normal((5, 24)).astype(dtypes.TABLE[element].storage)
+    # A code may fall on the other side of a half: the sums before it are added in another order.
+    np.testing.assert_allclose(proof.run(graph, x)[0], proof.run(apart, x)[0], rtol=0.02, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[-1], true", "[0], true"),
+        ("[$0, 2]", "[$0, 3]"),
+        ("aten.rsqrt.default", "aten.sqrt.default"),
+        ("aten.mul.Tensor(%x, %r)", "aten.mul.Tensor(%p, %r)"),
+        ("const %weight : f32[24] = rand:1", "input %weight : f32[24]"),
+    ],
+)
+def test_what_is_no_norm_is_left(old: str, new: str) -> None:
+    text = NORMED.format(t="f32", norm=PARTS)
+    assert old in text
+    graph = proof.lower(parse(text.replace(old, new)), HOPPER)
+    quantize = next(op for op in graph if "quantize_rows" in op.name)
+    assert quantize.attrs["args"][2] is None
 
 
 SCHEMES = (
