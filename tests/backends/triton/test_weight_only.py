@@ -1,4 +1,4 @@
-"""``wn_linear`` on a CPU with integer codes: its numbers, its checks, its claims, and how torch traces and exports it."""
+"""``wn_linear`` on a CPU with integer codes: its numbers, checks and claims, and how torch traces and exports it."""
 
 from __future__ import annotations
 
