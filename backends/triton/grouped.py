@@ -184,6 +184,7 @@ def grouped_cuda(
         LANES=four_columns(sm, tile),
         ONCE=count // experts < tile.bm,
         BF16=x.dtype != torch.float16,
+        SYNC=not 90 <= sm < 120,
         BM=tile.bm,
         BN=tile.bn,
         num_warps=tile.warps,

@@ -56,6 +56,7 @@ def grouped_kernel(
     LANES: tl.constexpr,
     ONCE: tl.constexpr,
     BF16: tl.constexpr,
+    SYNC: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -100,6 +101,7 @@ def grouped_kernel(
         BF16,
         BM,
         BN,
+        SYNC,
     )
     if global_ptr is not None:
         acc *= tl.load(global_ptr + held * global_stride)
