@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qcompiler.backends.triton.architectures import architecture
 from qcompiler.backends.triton.launching import launch, sm_of
 from qcompiler.backends.triton.registering import register
 from qcompiler.backends.triton.tiles import Tile, tile_for
@@ -154,6 +155,11 @@ def _static_fake(x: torch.Tensor, scale: torch.Tensor, smooth: torch.Tensor | No
 # -- launchers -----------------------------------------------------------------------------------------------
 
 
+def _check_unit(op: str, code: torch.dtype, sm: int) -> None:
+    if code != torch.int8 and not architecture(sm).native_f8:
+        raise InputError(f"qcompiler::{op}: sm_{sm} has no casts to {code}, sm_89 and later do; quantize to int8")
+
+
 def _width(k: int, tile: Tile) -> int:
     """Columns at a time: a power of two that holds the row, or the tile's."""
     return min(max(1 << (k - 1).bit_length(), BLOCK), tile.bk)
@@ -172,6 +178,7 @@ def rows_cuda(
     from qcompiler.backends.triton.device.quantize import quantize_blocks_kernel, quantize_rows_kernel
 
     _check_rows(x, smooth, norm_weight, code, block)
+    _check_unit("quantize_rows", code, sm_of(x.device))
     codes = torch.empty(x.shape, dtype=code, device=x.device)
     scale = torch.empty(scales_shape(x, block), dtype=torch.float32, device=x.device)
     k = x.shape[-1]
@@ -203,6 +210,7 @@ def static_cuda(
     from qcompiler.backends.triton.device.quantize import quantize_static_kernel
 
     _check_static(x, scale, smooth, code)
+    _check_unit("quantize_static", code, sm_of(x.device))
     codes = torch.empty(x.shape, dtype=code, device=x.device)
     if not x.numel():
         return codes
@@ -275,7 +283,7 @@ def claims(sm: int) -> Iterator[Claim]:
     for element, code, k, block, smooth, norm in _CASES:
         fused = "".join(f" {name}" for name, given in (("smooth", smooth), ("norm", norm)) if given)
         case = f"{str(element)[6:]} to {codes_name(code)} {'b128' if block else 'token'} K={k}{fused}"
-        least = 89 if code == torch.float8_e4m3fn else 80  # the assembler of sm_80 has no casts to e4m3
+        least = 80 if code == torch.int8 else 89
         run = dynamic(element, code, k, block, smooth, norm)
         wide = frozenset({"x_ptr"}) if k % BLOCK == 0 else frozenset[str]()
         yield Claim(row, case, run, None, outputs, wide, least)

@@ -20,7 +20,7 @@ import torch
 
 from qcompiler.backends.triton import layouts
 from qcompiler.backends.triton.architectures import architecture
-from qcompiler.backends.triton.launching import launch, sm_of
+from qcompiler.backends.triton.launching import launch, processors_of, sm_of
 from qcompiler.backends.triton.quantizing import BLOCK
 from qcompiler.backends.triton.registering import register
 from qcompiler.backends.triton.scaled_call import CODES, SHIFTS, Call, check_call, refused
@@ -30,6 +30,10 @@ from qcompiler.backends.triton.weight_only import finished, rows_like, rows_of
 if TYPE_CHECKING:
     from qcompiler.backends.triton.claims import Claim
 
+STREAMED = 90
+"""The compute capability from which there is a unit for bulk copies of tiles."""
+NARROW = Tile(64, 64, BLOCK, 8, 2)
+"""For operands that are loaded byte by byte, which takes many registers; ``split`` is that of the table."""
 REDUCED = (4, 256)
 """Tile of the kernel that adds up partial sums."""
 CHUNK = 1024
@@ -147,8 +151,12 @@ def linear_cuda(
     if not y.numel():
         return y
     tile = tile or tile_of(c, sm)
+    if streams(c, tile, sm):
+        return _stream(c, tile, bias, mul, residual, act, y)
     rows, m = rows_of(x), x.numel() // max(c.k, 1)
     parts = c.parts(sm)
+    if not aligned(c):
+        tile = replace(NARROW, split=tile.split)
     if parts or c.four:
         tile = replace(tile, bk=BLOCK, bn=min(tile.bn, BLOCK))
     blocks = -(-m // tile.bm) * -(-n // tile.bn)
@@ -196,6 +204,68 @@ def linear_cuda(
     return y
 
 
+def aligned(c: Call) -> bool:
+    """Whether rows of both operands begin 16 bytes apart, so that threads load so many at once."""
+    rows = rows_of(c.x)
+    even = rows.stride(0) % 16 == 0 and rows.storage_offset() % 16 == 0
+    return even and (c.four or (c.k % 16 == 0 and c.codes.storage_offset() % 16 == 0))
+
+
+def streams(c: Call, tile: Tile, sm: int) -> bool:
+    """Whether the unit for bulk copies loads the operands: of calls of many rows, where they are aligned."""
+    return sm >= STREAMED and tile.bm >= 128 and tile.split == 1 and not c.four and aligned(c)
+
+
+def _stream(
+    c: Call,
+    tile: Tile,
+    bias: torch.Tensor | None,
+    mul: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    act: str,
+    y: torch.Tensor,
+) -> torch.Tensor:
+    """Launch as many blocks as there are processors, each on its share of the tiles of ``y``."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from qcompiler.backends.triton.device.codes_gemm import codes_stream_kernel
+
+    parts = c.parts(sm_of(y.device))
+    tile = replace(tile, bk=BLOCK, bn=min(tile.bn, BLOCK)) if parts else tile
+    rows, whole = rows_of(c.x), tuple(y.shape)
+    m = rows.shape[0]
+    tiles = -(-m // tile.bm) * -(-c.n // tile.bn)
+    blocks = min(tiles, processors_of(y.device))
+    launch(
+        codes_stream_kernel,
+        (blocks,),
+        TensorDescriptor(rows, [m, c.k], [rows.stride(0), 1], [tile.bm, tile.bk]),
+        c.x_scale.contiguous(),
+        TensorDescriptor(c.codes.contiguous(), [c.n, c.k], [c.k, 1], [tile.bn, tile.bk]),
+        c.scales.contiguous(),
+        None if bias is None else bias.contiguous(),
+        rows_like(mul, whole),
+        rows_like(residual, whole),
+        y,
+        m,
+        c.n,
+        c.k,
+        c.scales.shape[-1],
+        X_SCALE=2 if c.block else int(c.per_row),
+        W_SCALE=_weight_scale(c),
+        PARTS=parts,
+        BM=tile.bm,
+        BN=tile.bn,
+        BK=tile.bk,
+        GROUPED=tile.grouped,
+        ACT=act,
+        BLOCKS=processors_of(y.device),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y
+
+
 def _weight_scale(c: Call) -> int:
     if c.four:
         return 3 if c.group else 1
@@ -216,7 +286,8 @@ register(
 
 @dataclass(frozen=True)
 class _Case:
-    """``form`` of the weight, ``code`` of the activation, M, N, K, scales of 128 x 128, groups, zero points."""
+    """``form`` of the weight, ``code`` of the activation, M, N, K, scales of 128 x 128, groups, zero points; ``full``:
+    with bias, function, factor and summand."""
 
     form: str
     code: str
@@ -226,12 +297,14 @@ class _Case:
     blocks: bool = False
     group: int = 0
     asym: bool = False
+    full: bool = False
 
     def __str__(self) -> str:
         scales = "b128" if self.blocks else f"g{self.group}" if self.group else "channel"
-        return f"{self.code} x {self.form} {scales}{' asym' if self.asym else ''} M={self.m} {self.n}x{self.k}"
+        more = f"{' asym' if self.asym else ''}{' silu mul residual' if self.full else ''}"
+        return f"{self.code} x {self.form} {scales}{more} M={self.m} {self.n}x{self.k}"
 
-    def arguments(self) -> Call:
+    def call(self) -> Call:
         """Fake tensors."""
         from qcompiler.backends.triton.claims import fake
 
@@ -250,45 +323,50 @@ class _Case:
         return Call(x, x_scale, codes, scales, zeros, self.n, self.group, BLOCK * self.blocks, self.form)
 
     def run(self) -> object:
-        c = self.arguments()
-        given = (c.x, c.x_scale, c.codes, c.scales, c.zeros, None, None, None, c.n, c.group, c.block, c.form)
-        return linear_cuda(*given, "none", torch.bfloat16)
+        from qcompiler.backends.triton.claims import fake
+
+        c = self.call()
+        shapes = ((c.n,), (self.m, c.n), (self.m, c.n)) if self.full else ()
+        epilogue = [fake(shape, torch.bfloat16) for shape in shapes] or [None] * 3
+        given = (c.x, c.x_scale, c.codes, c.scales, c.zeros, *epilogue, c.n, c.group, c.block, c.form)
+        return linear_cuda(*given, "silu" if self.full else "none", torch.bfloat16)
 
 
 _CASES = (
     _Case("int8", "int8", 1),
-    _Case("int8", "int8", 4096),
-    _Case("int8", "int8", 100, n=1000, k=1040),
+    _Case("int8", "int8", 4096, full=True),
+    _Case("int8", "int8", 100, n=1000, k=1037),
     _Case("f8e4m3", "f8e4m3", 1),
     _Case("f8e4m3", "f8e4m3", 4096),
     _Case("f8e4m3", "f8e4m3", 4096, k=14336),
-    _Case("f8e4m3", "f8e4m3", 4096, blocks=True),
+    _Case("f8e4m3", "f8e4m3", 4096, blocks=True, full=True),
     _Case("f8e4m3", "f8e5m2", 64),
     _Case("int4", "int8", 1, group=128),
-    _Case("int4", "int8", 4096, group=128, asym=True),
+    _Case("int4", "int8", 4096, group=128, asym=True, full=True),
     _Case("int4", "f8e4m3", 4096, group=128),
     _Case("uint4", "f8e4m3", 1, asym=True),
 )
 
 
 def claims(sm: int) -> Iterator[Claim]:
-    """What is proved of the kernel for ``sm``: decode and prefill of each row, with the tiles of its table."""
+    """What is proved of the kernels for ``sm``: decode and prefill of each row, with the tiles of its table."""
     from qcompiler.backends.triton.claims import Claim
 
     for case in _CASES:
-        c = case.arguments()
+        c = case.call()
         floats = case.code != "int8"
         if floats and not architecture(sm).native_f8:
             continue
         tile = tile_of(c, sm)
-        weights = tile.bn * (BLOCK if c.four or c.parts(sm) else tile.bk)
+        # the loop of the stream holds the end of each tile too, and bytes are loaded one by one where rows are odd
+        weights = 0 if streams(c, tile, sm) else tile.bn * (BLOCK if c.four or c.parts(sm) else tile.bk)
         yield Claim(
             f"torch-cuda/{c.kernel}",
             f"{case} tile {tile.bm}x{tile.bn}x{tile.bk} w{tile.warps} s{tile.stages} split {tile.split}",
             case.run,
             "f8" if floats else "i8",
             frozenset({"y_ptr", "partial_ptr"}),
-            frozenset({"codes_ptr"}),
+            frozenset({"codes_ptr"}) if aligned(c) else frozenset(),
             89 if floats else 80,
-            weights,
+            weights if aligned(c) else 0,
         )

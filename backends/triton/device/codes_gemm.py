@@ -9,52 +9,7 @@ import triton.language as tl
 
 from qcompiler.backends.triton.device.epilogue import finish
 from qcompiler.backends.triton.device.weight_only import place
-
-
-HIGHEST = tl.constexpr(0x80808080 - (1 << 32))
-"""The highest bit of each byte of an int32."""
-
-
-@triton.jit
-def four_bytes(words, zero, HI: tl.constexpr):
-    """Of each word the four codes ``8 HI`` columns on, minus ``zero`` (0..15), as the signed bytes of one word.
-
-    Bytes do not borrow from each other: 128 is added to each before and taken off, by its highest bit, after.
-    """
-    spread = zero * 0x01010101
-    return ((((words >> (4 * HI)) & 0x0F0F0F0F) | HIGHEST) - spread) ^ HIGHEST
-
-
-@triton.jit
-def one_float(words, zero, HI: tl.constexpr, LO: tl.constexpr, S: tl.constexpr):
-    """The code at column ``8 HI + LO + 16 S`` minus ``zero``, f16: in the mantissa of 1024 a code is itself."""
-    shifted = (((words >> (16 * LO + 4 * HI + 8 * S)) & 15) | 0x6400).to(tl.int16)
-    return shifted.to(tl.float16, bitcast=True) - (zero + 1024).to(tl.float16)
-
-
-@triton.jit
-def half_word(words, zero, HI: tl.constexpr, code: tl.constexpr):
-    """``[BN, 16]`` words to ``[BN, 16, s, lo]`` codes of the activation, exact."""
-    if code == tl.int8:
-        bytes = four_bytes(words, zero, HI)
-        a = bytes.to(tl.int8)
-        b = (bytes >> 8).to(tl.int8)
-        c = (bytes >> 16).to(tl.int8)
-        d = (bytes >> 24).to(tl.int8)
-    else:
-        a = one_float(words, zero, HI, 0, 0).to(code)
-        b = one_float(words, zero, HI, 0, 1).to(code)
-        c = one_float(words, zero, HI, 1, 0).to(code)
-        d = one_float(words, zero, HI, 1, 1).to(code)
-    return tl.join(tl.join(a, b), tl.join(c, d))
-
-
-@triton.jit
-def unpacked(words, zero, BN: tl.constexpr, code: tl.constexpr):
-    """int32 fragments ``[BN, 16]`` of 4-bit codes to ``[BN, 128]`` codes of the activation; ``zero`` is ``[BN, 1]``."""
-    halves = tl.join(half_word(words, zero, 0, code), half_word(words, zero, 1, code))
-    split = tl.reshape(halves, (BN, 4, 4, 2, 2, 2))  # n, c, h, s, lo, hi
-    return tl.reshape(tl.permute(split, (0, 2, 3, 5, 1, 4)), (BN, 128))
+from qcompiler.backends.triton.device.widen import unpacked
 
 
 @triton.jit
@@ -73,6 +28,130 @@ def factor(by, ROWS: tl.constexpr, SWAP: tl.constexpr):
         return by[None, :]
     else:
         return by[:, None]
+
+
+@triton.jit
+def added(
+    acc,
+    part,
+    x_scale_ptr,
+    scales_ptr,
+    near_rows,
+    near_cols,
+    right,
+    turn,
+    K,
+    scales_stride,
+    SHARED: tl.constexpr,
+    X_SCALE: tl.constexpr,
+    W_SCALE: tl.constexpr,
+    BN: tl.constexpr,
+    SWAP: tl.constexpr,
+):
+    """``acc`` and the product of 128 columns, ``turn`` such before them, times the scales that they have of their own.
+
+    A plain sum of both would become one sum in the tensor cores again, hence the fused product with 1.
+    """
+    if X_SCALE == 2:
+        by = tl.load(x_scale_ptr + near_rows * tl.cdiv(K, 128) + turn)
+        if W_SCALE == 2:
+            by *= tl.load(scales_ptr + right * BN // 128 * scales_stride + turn).to(tl.float32)
+        part *= factor(by, True, SWAP)
+    elif W_SCALE == 2:
+        part *= tl.load(scales_ptr + right * BN // 128 * scales_stride + turn).to(tl.float32)
+    if W_SCALE == 3:
+        by_group = tl.load(scales_ptr + (turn // SHARED) * scales_stride + near_cols).to(tl.float32)
+        part *= factor(by_group, False, SWAP)
+    if X_SCALE != 2 and W_SCALE < 2:
+        return tl.fma(part, 1.0, acc)
+    else:
+        return acc + part
+
+
+@triton.jit
+def stored(
+    acc,
+    row,
+    col,
+    x_scale_ptr,
+    scales_ptr,
+    bias_ptr,
+    mul_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    N,
+    X_SCALE: tl.constexpr,
+    W_SCALE: tl.constexpr,
+    SWAP: tl.constexpr,
+    FINAL: tl.constexpr,
+    ACT: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Sums over K of the tile at ``row`` and ``col``, ``acc [HEIGHT, WIDTH]``: times the scales that span K, finished,
+    stored. 64 columns at a time, by halves: a wide tile and all that is loaded beside it would not fit the registers.
+    """
+    if WIDTH > 64:
+        low, high = tl.split(tl.permute(tl.reshape(acc, (HEIGHT, 2, WIDTH // 2)), (0, 2, 1)))
+        stored(
+            low,
+            row,
+            col,
+            x_scale_ptr,
+            scales_ptr,
+            bias_ptr,
+            mul_ptr,
+            residual_ptr,
+            y_ptr,
+            M,
+            N,
+            X_SCALE,
+            W_SCALE,
+            SWAP,
+            FINAL,
+            ACT,
+            HEIGHT,
+            WIDTH // 2,
+        )
+        stored(
+            high,
+            row + (WIDTH // 2 if SWAP else 0),
+            col + (0 if SWAP else WIDTH // 2),
+            x_scale_ptr,
+            scales_ptr,
+            bias_ptr,
+            mul_ptr,
+            residual_ptr,
+            y_ptr,
+            M,
+            N,
+            X_SCALE,
+            W_SCALE,
+            SWAP,
+            FINAL,
+            ACT,
+            HEIGHT,
+            WIDTH // 2,
+        )
+    else:
+        rows = row + tl.arange(0, WIDTH if SWAP else HEIGHT)
+        cols = col + tl.arange(0, HEIGHT if SWAP else WIDTH)
+        y = acc.to(tl.float32)
+        if X_SCALE == 0:
+            y *= tl.load(x_scale_ptr)
+        elif X_SCALE == 1:
+            y *= factor(tl.load(x_scale_ptr + rows, mask=rows < M, other=0.0), True, SWAP)
+        if W_SCALE == 0:
+            y *= tl.load(scales_ptr).to(tl.float32)
+        elif W_SCALE == 1:
+            y *= factor(tl.load(scales_ptr + cols, mask=cols < N, other=0.0).to(tl.float32), False, SWAP)
+        down = factor(rows, True, SWAP)
+        along = factor(cols, False, SWAP)
+        inside = (down < M) & (along < N)
+        if FINAL:
+            y = finish(y, down, along, inside, N, bias_ptr, mul_ptr, residual_ptr, ACT)
+        tl.store(y_ptr + down.to(tl.int64) * N + along, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -156,37 +235,132 @@ def codes_gemm_kernel(
         else:
             w = tl.load(w_at + k[None, :], mask=k[None, :] < K, other=0.0)
         if PARTS:
-            part = product(x, w, zeros, SWAP).to(tl.float32)
-            if X_SCALE == 2:
-                by = tl.load(x_scale_ptr + near_rows * tl.cdiv(K, 128) + turn)
-                if W_SCALE == 2:
-                    by *= tl.load(scales_ptr + right * BN // 128 * scales_stride + turn).to(tl.float32)
-                part *= factor(by, True, SWAP)
-            elif W_SCALE == 2:
-                part *= tl.load(scales_ptr + right * BN // 128 * scales_stride + turn).to(tl.float32)
-            if W_SCALE == 3:
-                by_group = tl.load(scales_ptr + (turn // SHARED) * scales_stride + near_cols).to(tl.float32)
-                part *= factor(by_group, False, SWAP)
-            acc += part
+            acc = added(
+                acc,
+                product(x, w, zeros, SWAP).to(tl.float32),
+                x_scale_ptr,
+                scales_ptr,
+                near_rows,
+                near_cols,
+                right,
+                turn,
+                K,
+                scales_stride,
+                SHARED,
+                X_SCALE,
+                W_SCALE,
+                BN,
+                SWAP,
+            )
         else:
             acc = product(x, w, acc, SWAP)
-    y = acc.to(tl.float32)
-    if X_SCALE == 0:
-        y *= tl.load(x_scale_ptr)
-    elif X_SCALE == 1:
-        y *= factor(tl.load(x_scale_ptr + near_rows), True, SWAP)
-    if W_SCALE == 0:
-        y *= tl.load(scales_ptr).to(tl.float32)
-    elif W_SCALE == 1:
-        y *= factor(tl.load(scales_ptr + near_cols).to(tl.float32), False, SWAP)
-    if SWAP:
-        down_rows, along = rows[None, :], cols[:, None]
-    else:
-        down_rows, along = rows[:, None], cols[None, :]
-    inside = (down_rows < M) & (along < N)
-    at = down_rows.to(tl.int64) * N + along
     if SPLIT == 1:
-        y = finish(y, down_rows, along, inside, N, bias_ptr, mul_ptr, residual_ptr, ACT)
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+        target = y_ptr
     else:
-        tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * M * N + at, y, mask=inside)
+        target = partial_ptr + tl.program_id(1).to(tl.int64) * M * N
+    stored(
+        acc,
+        down * BM,
+        right * BN,
+        x_scale_ptr,
+        scales_ptr,
+        bias_ptr,
+        mul_ptr,
+        residual_ptr,
+        target,
+        M,
+        N,
+        X_SCALE,
+        W_SCALE,
+        SWAP,
+        SPLIT == 1,
+        ACT,
+        BN if SWAP else BM,
+        BM if SWAP else BN,
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def codes_stream_kernel(
+    x_tiles,
+    x_scale_ptr,
+    codes_tiles,
+    scales_ptr,
+    bias_ptr,
+    mul_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    scales_stride,
+    X_SCALE: tl.constexpr,
+    W_SCALE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The same product for many rows: ``BLOCKS`` blocks share the tiles of y, and the unit for bulk copies loads.
+
+    ``x_tiles`` and ``codes_tiles`` are descriptors of x ``[M, K]`` in boxes BM x BK and of 8-bit codes ``[N, K]`` in
+    boxes BN x BK; what is outside comes as 0.
+    """
+    code = x_tiles.dtype
+    total = tl.int32 if code == tl.int8 else tl.float32
+    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
+    turns = tl.cdiv(K, BK)
+    for tile in tl.range(tl.program_id(0), tiles, BLOCKS, flatten=True):
+        down, right = place(tile, M, N, BM, BN, GROUPED)
+        rows = down * BM + tl.arange(0, BM)
+        cols = right * BN + tl.arange(0, BN)
+        near_rows = tl.minimum(rows, M - 1).to(tl.int64)
+        near_cols = tl.minimum(cols, N - 1).to(tl.int64)
+        zeros = tl.zeros((BM, BN), total)
+        acc = tl.zeros((BM, BN), tl.float32 if PARTS else total)
+        for turn in range(turns):
+            x = x_tiles.load([down * BM, turn * BK])
+            w = codes_tiles.load([right * BN, turn * BK])
+            if PARTS:
+                acc = added(
+                    acc,
+                    product(x, w, zeros, False).to(tl.float32),
+                    x_scale_ptr,
+                    scales_ptr,
+                    near_rows,
+                    near_cols,
+                    right,
+                    turn,
+                    K,
+                    scales_stride,
+                    1,
+                    X_SCALE,
+                    W_SCALE,
+                    BN,
+                    False,
+                )
+            else:
+                acc = product(x, w, acc, False)
+        stored(
+            acc,
+            down * BM,
+            right * BN,
+            x_scale_ptr,
+            scales_ptr,
+            bias_ptr,
+            mul_ptr,
+            residual_ptr,
+            y_ptr,
+            M,
+            N,
+            X_SCALE,
+            W_SCALE,
+            False,
+            True,
+            ACT,
+            BM,
+            BN,
+        )
