@@ -326,9 +326,9 @@ class _Case:
         from qcompiler.backends.triton.claims import fake
 
         c = self.call()
-        shapes = ((c.n,), (self.m, c.n), (self.m, c.n)) if self.full else ()
-        epilogue = [fake(shape, torch.bfloat16) for shape in shapes] or [None] * 3
-        given = (c.x, c.x_scale, c.codes, c.scales, c.zeros, *epilogue, c.n, c.group, c.block, c.form)
+        whole = (self.m, c.n)
+        bias, mul, residual = (fake(shape, torch.bfloat16) if self.full else None for shape in ((c.n,), whole, whole))
+        given = (c.x, c.x_scale, c.codes, c.scales, c.zeros, bias, mul, residual, c.n, c.group, c.block, c.form)
         return linear_cuda(*given, "silu" if self.full else "none", torch.bfloat16)
 
 

@@ -128,6 +128,7 @@ def _check_scales(c: Call) -> None:
     if not fits or c.x_scale.dtype != torch.float32:
         want = [*c.x.shape[:-1], blocks] if c.block else f"{[*c.x.shape[:-1], 1]}, [1] or []"
         raise refused(f"scales of the activation are f32 {want}, not {c.x_scale.dtype}{list(c.x_scale.shape)}")
+    shapes: list[tuple[int, ...]]
     if c.four:
         shapes = [(layouts.scale_rows(c.k, c.group), layouts.padded(c.n, layouts.ROWS))]
     else:
