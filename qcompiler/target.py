@@ -318,8 +318,11 @@ class Target:
         return min((self._row_reasons(r, request, phases) for r in own), key=len)
 
     def declined(self, request: Request, phases: Sequence[Phase] = PHASES) -> dict[str, list[Reason]]:
-        """Row name -> why it declines, for every row of that op which does."""
-        out = {r.name: self._row_reasons(r, request, phases) for r in self.rows_for(request.op)}
+        """Row name -> why it declines, for every row of that op which does; of several of a name, the nearest."""
+        out: dict[str, list[Reason]] = {}
+        for row in self.rows_for(request.op):
+            reasons = self._row_reasons(row, request, phases)
+            out[row.name] = min(out.get(row.name, reasons), reasons, key=len)
         return {name: reasons for name, reasons in out.items() if reasons}
 
     def _row_reasons(self, row: KernelRow, request: Request, phases: Iterable[Phase]) -> list[Reason]:

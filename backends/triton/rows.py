@@ -78,6 +78,11 @@ def takes(form: Form) -> dict[str, frozenset[Any]]:
 _EXACT = "codes are exact in the activation's f16 or bf16 (f32 ones are rounded to bf16); products are summed in f32"
 _GEMV = f"{_EXACT}, where the scale is applied, under groups of 128 before, rounded with the weight to 16 bits"
 _GEMM = f"{_EXACT}; weight times scale is rounded to 16 bits"
+_OWN = {
+    "nf4": "; its 16 values are rounded to that type",
+    "mxfp4": "; weight times scale is exact in bf16 for scales of 2^-126 and more, in f16 for 2^-22 to 2^12",
+    "nvfp4": "; weight times scale is exact",
+}
 _ONCE = "the result is rounded once, behind bias, function, factor and summand"
 
 
@@ -94,18 +99,18 @@ def _weight_only(form: Form) -> tuple[KernelRow, KernelRow]:
         "behind": BEHIND,
         "evidence": proved(f"test_weight_only{'' if form.kind == 'integer' else '_float'}.py"),
     }
+    own = _OWN.get(form.name, "")
     gemv, gemm = (row_name(f"wn.{kind}.{form.name}") for kind in ("gemv", "gemm"))
     return (
-        KernelRow(gemv, **common, numerics=f"{_GEMV}; {_ONCE}", m_max=DECODE_ROWS, hands_over=gemm),
-        KernelRow(gemm, **common, numerics=f"{_GEMM}; {_ONCE}", m_min=DECODE_ROWS + 1, rank=1),
+        KernelRow(gemv, **common, numerics=f"{_GEMV}{own}; {_ONCE}", m_max=DECODE_ROWS, hands_over=gemm),
+        KernelRow(gemm, **common, numerics=f"{_GEMM}{own}; {_ONCE}", m_min=DECODE_ROWS + 1, rank=1),
     )
 
 
-def _gather() -> KernelRow:
-    forms = [takes(f) for f in FORMS.values() if f.name != "nvfp4"]
-    every: dict[str, Any] = {
-        key: frozenset[Any]().union(*(f.get(key, ()) for f in forms)) for key in takes(FORMS["f8e4m3"])
-    }
+def _gather(*names: str) -> KernelRow:
+    forms = [takes(FORMS[name]) for name in names]
+    keys = dict.fromkeys(key for form in forms for key in form)
+    every: dict[str, Any] = {key: frozenset[Any]().union(*(f.get(key, ()) for f in forms)) for key in keys}
     return KernelRow(
         row_name("gather"),
         "q.embedding",
@@ -113,7 +118,7 @@ def _gather() -> KernelRow:
         activations=FLOATS,
         entry=f"{ENTRY}embedding",
         layout=_LAYOUT,
-        numerics="(code - zero) * scale of the rows asked for, in f32, rounded once",
+        numerics="(code - zero) * scale of the rows asked for, in f32, rounded once; values of nf4 in f16",
         evidence=proved("test_embedding.py"),
         needs=AMPERE,
         bias=False,
@@ -122,7 +127,10 @@ def _gather() -> KernelRow:
 
 
 WEIGHT_ONLY: tuple[KernelRow, ...] = tuple(row for form in FORMS.values() for row in _weight_only(form))
-TABLES: tuple[KernelRow, ...] = (_gather(),)
+TABLES: tuple[KernelRow, ...] = (
+    _gather(*(name for name in FORMS if name != "nvfp4")),
+    _gather("nvfp4"),
+)
 
 
 def _none(what: str) -> Reason:

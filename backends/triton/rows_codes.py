@@ -101,9 +101,11 @@ def _edge(op: str, name: str, entry: str, codes: frozenset[str], numerics: str, 
     )
 
 
+_DIVIDED = "divided in f32, rounded to even, saturated"
 _RAN = {"evidence": "tests/backends/torch/test_kernels_integer.py ran these aten calls", "needs": frozenset({"cuda"})}
 EDGES: tuple[KernelRow, ...] = (
-    _edge("q.quantize", "quantize", f"{ENTRY}quantize", _INT8 | _F8, "divided in f32, rounded to even, saturated"),
+    _edge("q.quantize", "quantize", f"{ENTRY}quantize", _INT8, _DIVIDED),
+    _edge("q.quantize", "quantize", f"{ENTRY}quantize", _F8, _DIVIDED, needs=ADA),
     _edge("q.dequantize", "dequantize", f"{_ATEN}dequantize", _INT8 | _F8, "code * scale in f32", **_RAN),
     _edge("q.scale", "mul", f"{_ATEN}scale", _INT8, "one rounding a product", **_RAN),
 )
