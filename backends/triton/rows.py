@@ -58,7 +58,7 @@ _OWN_SCALES = {"mxfp4": ("f8e8m0", 32), "nvfp4": ("f8e4m3", 16)}
 """Forms of f4e2m1 codes that keep scales in 8 bits: their type and group."""
 
 
-def takes(form: Form) -> dict[str, frozenset[Any]]:
+def takes(form: Form) -> dict[str, Any]:
     """The fields of a row that say which weights come in ``form``."""
     own = _OWN_SCALES.get(form.name)
     if own is not None:
