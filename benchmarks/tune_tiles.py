@@ -9,8 +9,8 @@ Triton that is to be served, with the same file. ``choose`` takes, for each size
 in every Triton of the file (no spill, no serialized wgmma, shared memory within the limit, wide loads, tensor cores)
 and that a small model of the chip expects to be fastest. The model: a tile's main loop costs its instructions at one a
 clock and scheduler; blocks run in waves of what registers and shared memory let reside; bytes come at the chip's
-bandwidth as far as enough of them are in flight; products at the rate of the tensor cores; a split of K adds its
-partial sums and a launch. It orders candidates; it does not predict times.
+bandwidth as far as enough of them are in flight, and through L2 once a block; products at the rate of the tensor
+cores; a split of K adds its partial sums and a launch. It orders candidates; it does not predict times.
 
 ``measure`` needs a GPU: it times the candidates that the model likes best, weights rotated past L2, in a CUDA graph,
 and writes the winner into the shipped table, or, with ``--cache``, for just that N and K into the user's cache.
@@ -42,12 +42,13 @@ SHAPES = ((2048, 2048), (4096, 4096), (14336, 4096), (28672, 8192))
 """N, K of the entries of a table."""
 ROWS = {"gemv": (1, 16), "gemm": (32, 64, 256, 4096), "a8": (16, 64, 256, 4096)}
 CHIPS = {
-    80: (1.41e9, 2.0e12, 312e12),
-    89: (2.5e9, 1.0e12, 330e12),
-    90: (1.98e9, 4.3e12, 800e12),
-    100: (1.9e9, 7e12, 1800e12),
+    80: (1.41e9, 2.0e12, 4.0e12, 312e12),
+    89: (2.5e9, 1.0e12, 4.0e12, 330e12),
+    90: (1.98e9, 4.3e12, 5.5e12, 800e12),
+    100: (1.9e9, 7e12, 10e12, 1800e12),
 }
-"""Clock (1/s), bytes/s, bf16 FLOP/s of A100, L40S, H200, B200: data sheets, for the H200 as measured."""
+"""Clock (1/s), bytes/s of memory, of L2, bf16 FLOP/s of A100, L40S, H200, B200: data sheets and published
+measurements; the memory and FLOP/s of the H200 as measured."""
 IN_FLIGHT = 23 << 10
 """Bytes a multiprocessor must have asked for to draw full bandwidth: 4.3 TB/s times 0.7 us over 132."""
 LAUNCH = 2e-6
@@ -212,7 +213,7 @@ def split_of(tile: Tile, m: int, n: int, k: int, resident: int, processors: int)
 
 def expected(p: Proven, kernel: str, sm: int, m: int, n: int, k: int) -> tuple[float, Tile]:
     """Seconds that the model gives the candidate, and its tile with the split that was taken."""
-    clock, bandwidth, rate = CHIPS[sm]
+    clock, bandwidth, cache, rate = CHIPS[sm]
     chip, tile = architecture(sm), p.tile
     rate *= 2 if kernel.startswith("a8") else 1
     threads = 32 * tile.warps
@@ -229,9 +230,10 @@ def expected(p: Proven, kernel: str, sm: int, m: int, n: int, k: int) -> tuple[f
     moved = weights / bandwidth / min(1.0, held / IN_FLIGHT) * waves * chip.processors * resident / blocks
     height = -(-m // tile.bm) * tile.bm
     multiplied = 2 * height * n * k / rate * waves * chip.processors * resident / blocks
+    read = blocks * (tile.bm * 2 + tile.bn * bits / 8) * (k / split) / cache
     extra = 0.0 if split == 1 else LAUNCH + 8 * split * m * n / bandwidth
     fields = asdict(tile) | {"split": split}
-    return max(issued, moved, multiplied) + extra, Tile(**fields)
+    return max(issued, moved, read, multiplied) + extra, Tile(**fields)
 
 
 def ranked(path: Path, sm: int, kernel: str, m: int, n: int, k: int) -> list[tuple[float, Tile]]:
