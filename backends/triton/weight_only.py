@@ -3,8 +3,9 @@
 Numbers. Sums, scales on sums and what follows are f32; the result is rounded once. f32 activations are rounded to bf16
 first. Weights are exact integers or floats in the activations' 16 bits, with two exceptions: where a scale goes on the
 weights (groups under 128, and long groups in tiles of more than 64 rows), ``weight * scale`` is rounded to 16 bits, the
-scale before it too; and a zero point that is no whole number moves its weights by at most 2^-10 of a step (bf16; fp16:
-2^-13). The reference rounds activations likewise and nothing else.
+scale before it too (in fp16 both are subnormal below 2^-14, and then off by up to 2^-25); and a zero point that is no
+whole number moves its weights by at most 2^-10 of a step (bf16; fp16: 2^-13). The reference rounds activations likewise
+and nothing else.
 """
 
 from __future__ import annotations
