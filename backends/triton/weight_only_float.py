@@ -1,9 +1,9 @@
 """What ``qcompiler::wn_linear`` claims where codes are floats or indices of NF4; the operator is in ``weight_only``.
 
 E2M1, E4M3 and E5M2 codes are exact in bf16 and fp16. So are the scales of NVFP4 and their products with codes; those
-of MXFP4 are in bf16 from 2^-126 on (2^-127 counts as 0) and in fp16 from 2^-22 to 2^12. NF4's table is rounded to the 16
-bits of the activations. Other scales of groups under 128, and of longer ones in tiles of more than 64 rows, are rounded
-to 16 bits and so is their product with the code.
+of MXFP4 are in bf16 from 2^-126 on (2^-127 counts as 0) and in fp16 from 2^-22 to 2^12. NF4's table is rounded to the
+16 bits of the activations. Other scales of groups under 128, and of longer ones in tiles of more than 64 rows, are
+rounded to 16 bits and so is their product with the code.
 """
 
 from __future__ import annotations
