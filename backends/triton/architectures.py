@@ -1,4 +1,4 @@
-"""NVIDIA architectures, as far as kernels and their proofs ask: shared memory, tensor-core instructions, 8-bit floats."""
+"""NVIDIA architectures, as far as kernels and their proofs ask: shared memory and tensor-core instructions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Products = Literal["f16", "i8", "f8"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """One compute capability. ``shared``: bytes of shared memory that one block may ask for (CUDA C++ Programming Guide,
+    """One compute capability. ``shared``: bytes of shared memory that a block may ask for (CUDA C++ Programming Guide,
     table of technical specifications). ``matrix``: for each kind of product the prefixes of the tensor-core
     instructions, as ``nvdisasm`` prints them, of which one must be there; a kind that is absent has no such unit.
     ``processors`` of the largest chip, for the choice of a grid where no chip is at hand.

@@ -1,9 +1,9 @@
 """Forms: how codes of a scheme lie in a weight-only kernel's memory, as one word that operators carry.
 
 A form is the word of the code type (``int4``, ``uint4``, ``int8``, ``uint8``, ``int2``, ``uint2``, ``f8e4m3``,
-``f8e5m2``, ``nf4``, ``f4e2m1``), or ``mxfp4`` (f4e2m1 with scales in e8m0) and ``nvfp4`` (f4e2m1 with scales in e4m3 and
-one f32 for the whole tensor). Integer codes are stored unsigned, signed ones shifted by half their range; zero points are
-shifted likewise, so ``value = (stored - zero) * scale``, with the shift itself as the zero of a signed symmetric form.
+``f8e5m2``, ``nf4``, ``f4e2m1``), or ``mxfp4`` (f4e2m1 with scales in e8m0) and ``nvfp4`` (f4e2m1 with scales in e4m3
+and one f32 for the whole tensor). Integer codes are stored unsigned, signed ones shifted by half their range, and whole
+zero points likewise; ``value = (stored - zero) * scale``, with the shift as the zero of a signed symmetric form.
 """
 
 from __future__ import annotations

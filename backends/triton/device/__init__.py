@@ -1,1 +1,1 @@
-"""Device code: functions of ``triton.jit``. These modules import triton; nothing imports them before a launch or a proof."""
+"""Functions of ``triton.jit``. These modules import triton, and nothing imports them before a launch or a proof."""
