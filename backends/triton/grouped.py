@@ -155,6 +155,8 @@ def grouped_cuda(
         return out
     sm = sm_of(x.device)
     tile = tile or tile_for(f"grouped.{form}", sm, -(-count // experts), n, k)
+    if x.dtype == torch.float32 and tile.bm > 16:
+        rows = rows.to(torch.bfloat16)  # as the kernel would, but once and not for each tile of N
     launch(
         grouped_kernel,
         (count // tile.bm + min(experts + 1, count), -(-n // tile.bn)),

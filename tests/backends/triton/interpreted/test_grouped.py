@@ -14,7 +14,7 @@ N, K = 70, 200
 CASES = [
     ("int4", 128, "none", torch.float16, 16),
     ("uint4", 32, "int", torch.bfloat16, 16),
-    ("f8e4m3", 0, "none", torch.float32, 16),
+    ("f8e4m3", 0, "none", torch.float32, 32),
     ("mxfp4", 32, "none", torch.bfloat16, 128),
     ("nvfp4", 16, "none", torch.float16, 16),
 ]
