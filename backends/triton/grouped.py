@@ -213,6 +213,13 @@ _CASES: tuple[tuple[str, int, bool, int, torch.dtype], ...] = (
     ("int8", 0, False, 4096, torch.bfloat16),
     ("mxfp4", 32, False, 4, torch.bfloat16),
     ("nvfp4", 16, False, 4096, torch.bfloat16),
+    ("uint8", 0, True, 32768, torch.bfloat16),
+    ("int2", 64, False, 64, torch.bfloat16),
+    ("uint2", 64, True, 32768, torch.bfloat16),
+    ("f4e2m1", 64, False, 512, torch.bfloat16),
+    ("f8e4m3", 0, False, 64, torch.float16),
+    ("f8e5m2", 0, False, 32768, torch.bfloat16),
+    ("nf4", 64, False, 512, torch.bfloat16),
 )
 """Form, group, zero points, rows, activation."""
 

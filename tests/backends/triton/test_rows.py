@@ -195,13 +195,16 @@ def test_every_row_can_be_followed() -> None:
             )
 
 
-def test_what_kernels_claim_belongs_to_rows() -> None:
-    names = {row.name for row in HOPPER.rows}
-    for family in FAMILIES:
-        claims = importlib.import_module(f"qcompiler.backends.triton.{family}").claims(90)
-        found = {claim.row for claim in claims}
-        assert found
-        assert found <= names
+def test_what_kernels_claim_belongs_to_rows_and_every_row_is_claimed() -> None:
+    for sm in (80, 89, 90, 100):
+        claimed = set()
+        for family in FAMILIES:
+            found = list(importlib.import_module(f"qcompiler.backends.triton.{family}").claims(sm))
+            assert found
+            claimed |= {claim.row for claim in found if claim.least_sm <= sm}
+        served = {row.name for row in target(f"torch-cuda:sm_{sm}").rows if not row.needs - sm_features(sm)}
+        plain = {"torch-cuda/dequantize", "torch-cuda/mul"}  # calls of aten, no kernels of ours
+        assert served - plain == claimed
 
 
 def test_the_tests_that_rows_name_are_there() -> None:
