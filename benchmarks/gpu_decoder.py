@@ -81,8 +81,9 @@ def build(size: Size, batch: int, device: torch.device, recipe: str, inner: str)
             model = Cached(size, batch)
     finally:
         torch.set_default_dtype(before)
-    model = model.eval().requires_grad_(False)
-    torch._dynamo.reset()
+    model = model.to(torch.bfloat16).eval().requires_grad_(False)  # the tables of the rotary positions, too
+    # Every variant and size of input is one more compilation of the same code.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     if recipe == "float":
         return torch.compile(model, backend=inner)
     target = "torch-cuda" if device.type == "cuda" else "torch-cuda:sm_90"
@@ -152,7 +153,7 @@ def measure(
         try:
             ready[recipe] = reside(size, batch, recipe, prompts, device, inner)
         except Exception as e:  # what a recipe cannot do is a line of the table
-            said = f"{type(e).__name__}: {e}"[:300]
+            said = " ".join(f"{type(e).__name__}: {e}".split())[:300]
             failed.append({"size": size.name, "batch": batch, "recipe": recipe, "failed": said})
     for what in dict.fromkeys(name for r in ready.values() for name in r.regions):
         times = interleaved({name: r.regions[what] for name, r in ready.items()}, rounds, device)
