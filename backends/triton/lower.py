@@ -106,13 +106,13 @@ class Weight:
     def scales(self, element: DType | None = None) -> Value:
         """``[G', N']``, in ``element``, else the shortest type that holds them exactly; e8m0 as bits, in uint8."""
         b, (n, k, group), label = self.builder, (self.n, self.k, self.group), self.builder.label
-        payload, spread, own = b.payload(self.first + 1, "scale"), self._spread, self._own
+        payload, height, own = b.payload(self.first + 1, "scale"), self._height, self._own
         stored = element or own or (BF16 if self._short(payload) else payload.dtype)
 
         def pack(scales: Array) -> Array:
             if own is not None:
                 return layouts.pack_scales(split_scales(scales, own)[0], n, k, group)
-            laid = layouts.pack_scales(spread(scales), n, k, group)
+            laid = layouts.pack_scales(_by_row(scales, height, n), n, k, group)
             return laid if laid.dtype == stored.storage else exactly(laid, stored, label)
 
         def bits(scales: Array) -> Array:
@@ -128,10 +128,10 @@ class Weight:
         b, (n, k, group, form) = self.builder, (self.n, self.k, self.group, self.form)
         if b.op.operand(self.first + 2) is None:
             return None
-        payload, spread = b.payload(self.first + 2, "zero point"), self._spread
+        payload, height = b.payload(self.first + 2, "zero point"), self._height
 
         def pack(zeros: Array) -> Array:
-            return layouts.pack_zeros(spread(zeros), n, k, group, form)
+            return layouts.pack_zeros(_by_row(zeros, height, n), n, k, group, form)
 
         stored = TABLE["int16"] if payload.dtype.is_integer else payload.dtype
         shape = (layouts.scale_rows(k, group), layouts.padded(n, layouts.ROWS))
@@ -157,16 +157,24 @@ class Weight:
         """The type in which the kernel keeps the scales, where that is not the weight's."""
         return self.scheme.scale if self.form in ("mxfp4", "nvfp4") else None
 
-    def _spread(self, given: Array) -> Array:
-        """Scales of blocks, one a row."""
-        if self.scheme.granularity != "block":
-            return given
-        return np.repeat(given, self.scheme.group[0], axis=0)[: self.n]
+    @property
+    def _height(self) -> int:
+        """Rows that share a scale; 1 but for blocks."""
+        return self.scheme.group[0] if self.scheme.granularity == "block" else 1
 
     def _short(self, payload: Payload) -> bool:
         """True for f32 scales that bf16 holds exactly, by the law of scales of codes of up to 4 bits."""
         small = form_called(self.form).bits <= 4 and self.scheme.scale is None
         return small and payload.dtype == F32 and _ours(payload)
+
+
+def _by_row(given: Array, height: int, n: int) -> Array:
+    """Scales or zero points of blocks ``height`` rows high, one a row.
+
+    What a recorded computation calls must be a plain function: a method would carry the op with it, and every
+    compilation would take the same weight for another one and pack it again.
+    """
+    return given if height == 1 else np.repeat(given, height, axis=0)[:n]
 
 
 def _ours(payload: Payload) -> bool:
