@@ -17,8 +17,15 @@ CASES = [
     ("f8e4m3", 0, "none", torch.float32, 32),
     ("mxfp4", 32, "none", torch.bfloat16, 128),
     ("nvfp4", 16, "none", torch.float16, 16),
+    ("int8", 0, "none", torch.bfloat16, 16),
+    ("uint8", 64, "float", torch.float16, 16),
+    ("int2", 64, "none", torch.bfloat16, 16),
+    ("uint2", 32, "int", torch.float16, 16),
+    ("f4e2m1", 64, "none", torch.bfloat16, 16),
+    ("f8e5m2", 0, "none", torch.float16, 16),
+    ("nf4", 64, "none", torch.bfloat16, 16),
 ]
-"""Form, group, zero points, activation, rows of a tile."""
+"""Form, group, zero points, activation, rows of a tile; every form is a row."""
 
 
 def experts(form: str, group: int, zero: str, count: int) -> tuple[list[object], tuple[torch.Tensor | None, ...]]:
