@@ -23,10 +23,11 @@ COPIES = 64
 
 @dataclass
 class Region:
-    """``calls`` made one after another by :attr:`run`, which is timed as a whole."""
+    """``calls`` made one after another by :attr:`run`, timed as a whole; ``kept`` is what a graph writes to."""
 
     run: Call
     calls: int
+    kept: Sequence[Any] = ()
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -62,9 +63,7 @@ def region(calls: Sequence[Call], device: torch.device) -> Region:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = [call() for call in calls]
-    made = Region(graph.replay, len(calls))
-    made.__dict__["kept"] = kept  # what the graph writes to stays alive with it
-    return made
+    return Region(graph.replay, len(calls), kept)
 
 
 def seconds(one: Region, device: torch.device) -> float:

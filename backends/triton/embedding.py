@@ -14,17 +14,20 @@ import torch
 
 from qcompiler.backends.triton.launching import launch, sm_of
 from qcompiler.backends.triton.layouts import ROWS, padded
-from qcompiler.backends.triton.registering import register
+from qcompiler.backends.triton.registering import FLOATS, register
 from qcompiler.backends.triton.tiles import Tile, tile_for
-from qcompiler.backends.triton.weight_only import check_weight, decoded_rows, raw_scales, scale_columns, zero_kind
+from qcompiler.backends.triton.weight_only import (
+    CHUNK,
+    check_weight,
+    decoded_rows,
+    raw_scales,
+    scale_columns,
+    zero_kind,
+)
 from qcompiler.errors import InputError
 
 if TYPE_CHECKING:
     from qcompiler.backends.triton.claims import Claim
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_CHUNK = 1 << 22
-"""Weights that the reference has in f32 at a time."""
 
 
 def _check(
@@ -40,7 +43,7 @@ def _check(
 ) -> None:
     if indices.dtype not in (torch.int32, torch.int64):
         raise InputError(f"qcompiler::wn_embedding: indices are int32 or int64, not {indices.dtype}")
-    if out not in _FLOATS:
+    if out not in FLOATS:
         raise InputError(f"qcompiler::wn_embedding gives f32, f16 or bf16, not {out}")
     if codes.dim() != 3:
         raise InputError(f"qcompiler::wn_embedding: a table is [ceil(K / 128), N', words], not {list(codes.shape)}")
@@ -66,7 +69,7 @@ def _reference(
             f"{codes.shape[1]} rows"
         )
     y = torch.empty((flat.numel(), k), dtype=out)
-    step = max(1, _CHUNK // max(1, k * ROWS)) * ROWS
+    step = max(1, CHUNK // max(1, k * ROWS)) * ROWS
     for start in range(0, flat.numel(), step):
         some = flat[start : start + step]
         rows = torch.nn.functional.pad(some, (0, padded(some.numel(), ROWS) - some.numel()))

@@ -16,7 +16,7 @@ import torch
 
 from qcompiler.backends.triton.launching import launch, sm_of
 from qcompiler.backends.triton.layouts import fragment_shape, scale_rows
-from qcompiler.backends.triton.registering import register
+from qcompiler.backends.triton.registering import FLOATS, register
 from qcompiler.backends.triton.tiles import Tile, tile_for
 from qcompiler.backends.triton.weight_only import (
     ACTIVATIONS,
@@ -28,6 +28,7 @@ from qcompiler.backends.triton.weight_only import (
     raw_scales,
     rows_of,
     scale_columns,
+    widened,
     zero_kind,
 )
 from qcompiler.errors import InputError
@@ -35,7 +36,6 @@ from qcompiler.errors import InputError
 if TYPE_CHECKING:
     from qcompiler.backends.triton.claims import Claim
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MOST = 1 << 12
 """Experts; each block looks through them all."""
 _REGISTERS = (168, 255)
@@ -55,7 +55,7 @@ def _check(
     form: str,
     act: str,
 ) -> None:
-    if x.dim() != 2 or x.dtype not in _FLOATS:
+    if x.dim() != 2 or x.dtype not in FLOATS:
         raise InputError(f"qcompiler::wn_grouped takes x [T, K] in f32, f16 or bf16, not {x.dtype}{list(x.shape)}")
     experts = int(codes.shape[0]) if codes.dim() == 4 else -1
     if experts < 1 or experts >= _MOST or offsets.dtype != torch.int32 or tuple(offsets.shape) != (experts,):
@@ -70,7 +70,7 @@ def _check(
     check_weight("wn_grouped", codes, scales, zeros, whole, n, int(x.shape[1]), group, form, (experts,))
     if act not in ACTIVATIONS:
         raise InputError(f"qcompiler::wn_grouped knows the activations {', '.join(ACTIVATIONS)}, not {act!r}")
-    if bias is not None and (tuple(bias.shape) != (experts, n) or bias.dtype not in _FLOATS):
+    if bias is not None and (tuple(bias.shape) != (experts, n) or bias.dtype not in FLOATS):
         raise InputError(
             f"qcompiler::wn_grouped: the bias of {experts} experts of {n} features is [{experts}, {n}] in f32, f16 or "
             f"bf16, not {bias.dtype}{list(bias.shape)}"
@@ -101,11 +101,9 @@ def _reference(
     for e, (start, end) in enumerate(pairwise(ends)):
         if start == end:
             continue
-        rows = x[start:end]
-        rows = (rows.bfloat16() if x.dtype == torch.float32 else rows).float()
         of_expert = None if zeros is None else zeros[e]
         scale = scale_columns(scales[e], form, group)
-        sums = rows @ decoded_rows(codes[e], scale, of_expert, x.shape[1], group, form).T
+        sums = widened(x[start:end]) @ decoded_rows(codes[e], scale, of_expert, x.shape[1], group, form).T
         if global_scale is not None:
             sums *= global_scale.reshape(-1)[e if global_scale.numel() > 1 else 0]
         y[start:end] = finished(sums[:, :n], None if bias is None else bias[e], act, None, None, x.dtype)

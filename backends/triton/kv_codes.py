@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import torch
 
+from qcompiler.backends.triton.registering import FLOATS
 from qcompiler.errors import InputError
 
 FORMS: dict[str, torch.dtype] = {"int8": torch.int8, "f8e4m3": torch.float8_e4m3fn, "int4": torch.uint8}
 """Forms of a cache and the type of their codes in memory."""
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
 _SMALLEST = 2.0**-126
 _CHUNK = 512

@@ -15,7 +15,7 @@ import torch
 
 from qcompiler.backends.triton.architectures import architecture
 from qcompiler.backends.triton.launching import launch, sm_of
-from qcompiler.backends.triton.registering import register
+from qcompiler.backends.triton.registering import FLOATS, register
 from qcompiler.backends.triton.tiles import Tile, tile_for
 from qcompiler.backends.triton.weight_only import rows_of
 from qcompiler.errors import InputError
@@ -23,7 +23,6 @@ from qcompiler.errors import InputError
 if TYPE_CHECKING:
     from qcompiler.backends.triton.claims import Claim
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK = 128
 """Columns that share a scale where a row has several."""
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 NAMESPACE = "qcompiler"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""What activations and results may be."""
 _LIBRARY: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from qcompiler.backends.triton import layouts
-from qcompiler.backends.triton.quantizing import BLOCK, FLOATS
+from qcompiler.backends.triton.quantizing import BLOCK
+from qcompiler.backends.triton.registering import FLOATS
 from qcompiler.backends.triton.weight_only import check_epilogue
 from qcompiler.errors import InputError
 

@@ -20,7 +20,7 @@ from qcompiler.backends.triton.forms import Form, form_called
 from qcompiler.backends.triton.launching import launch, sm_of
 from qcompiler.backends.triton.layouts import ROWS, fragment_shape, padded, scale_rows, unpack_codes
 from qcompiler.backends.triton.layouts_float import places
-from qcompiler.backends.triton.registering import register
+from qcompiler.backends.triton.registering import FLOATS, register
 from qcompiler.backends.triton.tiles import Tile, tile_for
 from qcompiler.dtypes import dtype
 from qcompiler.errors import InputError
@@ -33,8 +33,7 @@ LATE = 64
 """Rows of a tile up to which scales of long groups go on the products, not on the weights."""
 
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_CHUNK = 1 << 22
+CHUNK = 1 << 22
 """Weights that the reference has in f32 at a time."""
 
 
@@ -70,12 +69,12 @@ def check_weight(
             f"{codes.dtype}{list(codes.shape)}; lay them out with layouts.pack_codes"
         )
     laid = (*experts, scale_rows(k, group), padded(n, ROWS))
-    kinds = {"mxfp4": (torch.uint8,), "nvfp4": (torch.float8_e4m3fn,)}.get(form, _FLOATS)
+    kinds = {"mxfp4": (torch.uint8,), "nvfp4": (torch.float8_e4m3fn,)}.get(form, FLOATS)
     _check_laid(op, "scales", scales, laid, kinds)
     if zeros is not None:
         if known.kind != "integer":
             raise InputError(f"qcompiler::{op}: {form} codes have no zero points; leave zeros out")
-        _check_laid(op, "zeros", zeros, laid, (torch.int16, *_FLOATS))
+        _check_laid(op, "zeros", zeros, laid, (torch.int16, *FLOATS))
     if global_scale is not None and (global_scale.dtype != torch.float32 or global_scale.numel() != 1):
         raise InputError(
             f"qcompiler::{op}: the scale of the whole tensor is one torch.float32, not "
@@ -120,7 +119,7 @@ def check_epilogue(
         if not fits:
             raise InputError(f"qcompiler::{op}: {name} {list(shape)} does not broadcast to the result {list(full)}")
     for name, tensor in (("bias", bias), ("mul", mul), ("residual", residual)):
-        if tensor is not None and tensor.dtype not in _FLOATS:
+        if tensor is not None and tensor.dtype not in FLOATS:
             raise InputError(f"qcompiler::{op}: {name} is f32, f16 or bf16, not {tensor.dtype}")
 
 
@@ -138,7 +137,7 @@ def _check(
     form: str,
     act: str,
 ) -> Form:
-    if x.dim() < 1 or x.dtype not in _FLOATS:
+    if x.dim() < 1 or x.dtype not in FLOATS:
         raise InputError(f"qcompiler::wn_linear takes x [.., K] in f32, f16 or bf16, not {x.dtype}{list(x.shape)}")
     known = check_weight("wn_linear", codes, scales, zeros, global_scale, n, int(x.shape[-1]), group, form)
     check_epilogue("wn_linear", tuple(x.shape[:-1]), n, act, bias, mul, residual)
@@ -211,6 +210,11 @@ def finished(
     return sums.to(out)
 
 
+def widened(rows: torch.Tensor) -> torch.Tensor:
+    """Activations in f32 as kernels multiply them: those of f32 are rounded to bf16."""
+    return (rows.bfloat16() if rows.dtype == torch.float32 else rows).float()
+
+
 def _reference(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -227,10 +231,9 @@ def _reference(
 ) -> torch.Tensor:
     _check(x, codes, scales, zeros, global_scale, bias, mul, residual, n, group, form, act)
     k, width = x.shape[-1], codes.shape[1]
-    rows = x.reshape(-1, k)
-    rows = (rows.bfloat16() if x.dtype == torch.float32 else rows).float()
+    rows = widened(x.reshape(-1, k))
     sums = torch.empty((rows.shape[0], width))
-    step = max(1, _CHUNK // max(1, k * ROWS)) * ROWS
+    step = max(1, CHUNK // max(1, k * ROWS)) * ROWS
     for start in range(0, width, step):
         part = slice(start, min(start + step, width))
         of_part = None if zeros is None else zeros[:, part]

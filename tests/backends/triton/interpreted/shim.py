@@ -55,6 +55,7 @@ def bits(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def cast(_: Any, handle: Any, kind: Any, rounding: Any = None) -> Any:
     """Between floats, and between floats and integers; to the nearest even."""
     if rounding not in (None, ir.ROUNDING_MODE.RTNE):
+        # No kernel here asks for another rounding; a test that did must not get this one in silence.
         raise NotImplementedError(f"the interpreter's casts round to the nearest even, not {rounding}")
     target, data = kind.scalar, handle.data
     if target in FLOATS or handle.dtype.scalar in FLOATS:
@@ -99,6 +100,7 @@ def atomics(before: Callable[..., Any]) -> Callable[..., Any]:
             return before(self, op, pointers, value, mask, sem, scope)
         taken = np.broadcast_to(pointers.data, mask.data.shape)[mask.data]
         if op != ir.ATOMIC_OP.FADD or np.unique(taken).size != taken.size:
+            # The load and the store below would lose all but one of several additions to one place.
             raise NotImplementedError(
                 "bf16 atomics of the interpreter add, each element of a tile to a place of its own"
             )
